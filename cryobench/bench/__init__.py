@@ -1,0 +1,1 @@
+"""Tables, plans, runs, records and reports."""

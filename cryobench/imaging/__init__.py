@@ -1,0 +1,1 @@
+"""From a density volume to noisy particle images."""

@@ -1,0 +1,1 @@
+"""Network architectures used by more than one method."""

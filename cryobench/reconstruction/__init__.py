@@ -1,0 +1,1 @@
+"""Volumes from particle images with known poses."""
