@@ -1,0 +1,21 @@
+"""Shared fixtures: fixed threads, and the reference data folder where there is one."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real structures and particles; tests that need it are skipped where it is absent."""
+    root = Path(os.environ.get("CRYOBENCH_SHARED", Path(__file__).parents[2] / "shared"))
+    if not (root / "data").is_dir():
+        pytest.skip("the reference data are not on this machine")
+    return root
