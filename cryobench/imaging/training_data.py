@@ -1,0 +1,111 @@
+"""What a method may see while it learns, and nothing else. This is how the tables stay fair."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cryobench.errors import CryobenchError, SupervisionError
+from cryobench.imaging.particles import Particles, Simulator, stream_seed
+
+LEVELS = ("none", "sigma", "noisy", "noisy-pairs", "clean-pairs", "reference")
+
+
+class TrainingData:
+    """Training images behind a gate: asking for more than ``supervision`` allows raises SupervisionError.
+
+    Built from a simulated data set (``simulator`` given: fresh poses and noise for every batch where the
+    supervision allows it) or from stacks alone (batches are drawn from them).
+    Images are float32 (n, size, size) on one global scale; sigma is the noise standard deviation.
+    """
+
+    def __init__(
+        self,
+        supervision: str,
+        noisy: Tensor,
+        clean: Tensor | None,
+        sigma: float,
+        pixel_size: float,
+        simulator: Simulator | None = None,
+        affine: tuple[float, float] = (1.0, 0.0),
+        second: Tensor | None = None,
+    ) -> None:
+        if supervision not in LEVELS:
+            raise CryobenchError(f"unknown supervision {supervision!r}; one of {', '.join(LEVELS)}")
+        self.supervision = supervision
+        self.pixel_size = pixel_size
+        self.size = noisy.shape[-1]
+        self._noisy, self._clean, self._second = noisy, clean, second
+        self._sigma = sigma
+        self._simulator, self._affine = simulator, affine
+
+    @classmethod
+    def simulated(cls, supervision: str, particles: Particles, simulator: Simulator) -> TrainingData:
+        """The gate before a simulated data set."""
+        return cls(
+            supervision,
+            particles.noisy,
+            particles.clean,
+            particles.sigma,
+            simulator.simulation.pixel_size,
+            simulator,
+            (particles.scale, particles.offset),
+        )
+
+    def _need(self, level: str) -> None:
+        if LEVELS.index(self.supervision) < LEVELS.index(level):
+            raise SupervisionError(f"a method declared {self.supervision!r} may not see what needs {level!r}")
+
+    @property
+    def sigma(self) -> float:
+        """Noise standard deviation (needs ``sigma``)."""
+        self._need("sigma")
+        return self._sigma
+
+    @property
+    def noisy(self) -> Tensor:
+        """Noisy images (n, size, size) (needs ``noisy``)."""
+        self._need("noisy")
+        return self._noisy
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Two exposures of the same particles with independent noise (needs ``noisy-pairs``)."""
+        self._need("noisy-pairs")
+        if self._second is None:
+            if self._simulator is None or self._clean is None:
+                raise CryobenchError("no second exposure of these images: give pairs, or simulate them")
+            second, _ = self._simulator.noisy(self._clean, stream_seed("second"), self._sigma)
+            self._second = second.cpu()
+        return self._noisy, self._second
+
+    @property
+    def clean(self) -> Tensor:
+        """Clean images (n, size, size) of the noisy ones (needs ``clean-pairs``)."""
+        self._need("clean-pairs")
+        if self._clean is None:
+            raise CryobenchError("no clean images beside these noisy ones: give a stack with STACK_clean.mrcs beside it")
+        return self._clean
+
+    def batch(
+        self, step: int, batch_size: int, seed: int, device: str | torch.device = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """Batch number ``step``: (input, target), a pure function of seed and step so that a fit can resume.
+
+        The target is the clean image (``clean-pairs``) or a second exposure (``noisy-pairs``). Simulated
+        data give fresh poses (``clean-pairs``) and fresh noise; stacks are drawn from with replacement, each
+        image turned by a multiple of 90 degrees and mirrored at random, which projections allow.
+        """
+        self._need("noisy-pairs")
+        wants_clean = LEVELS.index(self.supervision) >= LEVELS.index("clean-pairs")
+        if wants_clean and self._simulator is not None:
+            images, *_ = self._simulator.draw(batch_size, stream_seed(seed, step, "fresh poses"))
+            target = images * self._affine[0] + self._affine[1]
+            noisy, _ = self._simulator.noisy(target, stream_seed(seed, step, "fresh noise"), self._sigma)
+            return noisy.to(device), target.to(device)
+        first, second = (self.noisy, self.clean) if wants_clean else self.pairs()
+        generator = torch.Generator().manual_seed(stream_seed(seed, step, "choice"))
+        index = torch.randint(len(first), (batch_size,), generator=generator)
+        turn, mirror = (int(k) for k in torch.randint(4, (2,), generator=generator))
+        pair = torch.stack([first[index], second[index]])
+        pair = torch.rot90(pair.flip(-1) if mirror % 2 else pair, turn if pair.shape[-1] == pair.shape[-2] else 0, (-2, -1))
+        return pair[0].to(device), pair[1].to(device)
