@@ -91,9 +91,10 @@ class TrainingData:
     ) -> tuple[Tensor, Tensor]:
         """Batch number ``step``: (input, target), a pure function of seed and step so that a fit can resume.
 
-        The target is the clean image (``clean-pairs``) or a second exposure (``noisy-pairs``). Simulated
-        data give fresh poses (``clean-pairs``) and fresh noise; stacks are drawn from with replacement, each
-        image turned by a multiple of 90 degrees and mirrored at random, which projections allow.
+        The target is the clean image (``clean-pairs``) or a second exposure (``noisy-pairs``). With clean
+        images to be had, simulated data give fresh poses and fresh noise. Otherwise the batch is drawn from the
+        stack with replacement, turned by a multiple of 90 degrees and mirrored at random, which projections
+        allow; pairs stay the two exposures there are, since more of them would average to the clean image.
         """
         self._need("noisy-pairs")
         wants_clean = LEVELS.index(self.supervision) >= LEVELS.index("clean-pairs")
