@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,7 +78,7 @@ def resolve(name: str, data_dir: Path | None = None, pixel_size: float | None = 
         from cryobench.specimens import phantoms
 
         code = hashlib.sha256(Path(phantoms.__file__).read_bytes()).hexdigest()
-        return Structure(name, BUILT_IN[name][0], "built-in", code, getattr(phantoms, name))
+        return Structure(name, BUILT_IN[name][0], "built-in", code, cache(getattr(phantoms, name)))
     if name in ARCHIVE:
         path = _fetched(name, data_dir)
         return _from_file(path, name, ARCHIVE[name][1], pixel_size)
@@ -87,6 +88,11 @@ def resolve(name: str, data_dir: Path | None = None, pixel_size: float | None = 
     raise CryobenchError(
         f"no structure {name!r}: give a .pdb/.cif/.mrc/.map file or one of {', '.join([*BUILT_IN, *ARCHIVE])}"
     )
+
+
+def specimen_name(name: str) -> str:
+    """The short name of a specimen, which may be a file: what tables and records call it."""
+    return name if name in BUILT_IN or name in ARCHIVE else _stem(Path(name))
 
 
 def available(name: str, data_dir: Path | None = None) -> bool:
@@ -124,9 +130,10 @@ def _from_file(path: Path, name: str, symmetry: str, pixel_size: float | None) -
     if suffix in MODEL_SUFFIXES:
         from cryobench.specimens.atoms import read_atoms
 
-        return Structure(name, symmetry, str(path), digest, lambda: read_atoms(path))
+        return Structure(name, symmetry, str(path), digest, cache(lambda: read_atoms(path)))
     if suffix in MAP_SUFFIXES:
         from cryobench.specimens.maps import read_map
 
-        return Structure(name, symmetry, str(path), digest, lambda: read_map(path, pixel_size))
+        content = f"{digest} {pixel_size}"
+        return Structure(name, symmetry, str(path), content, cache(lambda: read_map(path, pixel_size)))
     raise CryobenchError(f"{path}: {suffix or 'no suffix'} is not a structure; give .pdb, .cif, .mrc or .map (or .gz)")

@@ -1,0 +1,195 @@
+"""One cell of a table as a computation: data, fit, denoise, score. Everything heavy is cached by content."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cryobench.bench.keys import code_hashes, digest
+from cryobench.bench.tables import PROFILES, TableSpec, load_table
+from cryobench.errors import CryobenchError
+from cryobench.imaging.particles import Particles, Simulation, Simulator, stream_seed
+from cryobench.imaging.training_data import TrainingData
+from cryobench.methods.base import Budget, Denoiser
+from cryobench.methods.registry import get_method
+from cryobench.metrics.bootstrap import summarise
+from cryobench.metrics.conventions import CONVENTIONS, score
+from cryobench.metrics.spectral import frc
+from cryobench.paths import cache_dir
+from cryobench.specimens.catalog import Structure, resolve
+
+#: what a legacy convention feeds to a method costs another pass: this many test images carry it
+LEGACY_IMAGES = 64
+NOISE_IMAGES = 32
+#: supervision of the methods that a convention may feed its own version of the noisy images
+CLASSICAL = ("none", "sigma")
+
+
+def pick_device(name: str = "auto") -> str:
+    """"auto" is the GPU where torch sees one. Raises CryobenchError for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise CryobenchError("no CUDA device is visible to torch: use --device cpu, or see `cryobench doctor`")
+    try:
+        return str(torch.device(name))
+    except RuntimeError as error:
+        raise CryobenchError(f"unknown device {name!r}: use auto, cpu or cuda") from error
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Coordinates of one number."""
+
+    table: str
+    specimen: str
+    method: str
+    profile: str = "quick"
+    seed: int = 0
+
+
+class Experiment:
+    """The computation behind one cell. Raises CryobenchError for unknown names or options."""
+
+    def __init__(self, cell: Cell, device: str = "cpu", options: dict[str, Any] | None = None) -> None:
+        if cell.profile not in PROFILES:
+            raise CryobenchError(f"no profile {cell.profile!r}; there are: {', '.join(PROFILES)}")
+        self.cell = cell
+        self.spec: TableSpec = load_table(cell.table)
+        self.device = pick_device(device)
+        self.method_class: type[Denoiser] = get_method(cell.method)
+        self.config = self.method_class.config_for(cell.profile, **(options or {}))
+        self.structure: Structure = resolve(cell.specimen)
+        self.counts = self.spec.profiles[cell.profile]
+        size = self.counts["size"]
+        settings = {**self.spec.simulation, **self.spec.specimens.get(cell.specimen, {}).get("simulation", {})}
+        self.simulation = Simulation(size, self.structure.pixel_size(size), **settings)
+
+    def inputs(self) -> dict[str, Any]:
+        """All that the result depends on, as plain data: the run's key is its digest."""
+        return {
+            "code": code_hashes(__name__, self.method_class.__module__),
+            "config": dataclasses.asdict(self.config),
+            "data": self.data_inputs(),
+            "seed": self.cell.seed,
+            "device_class": self.device.split(":")[0],
+            "conventions": list(self.spec.conventions),
+        }
+
+    def data_inputs(self) -> dict[str, Any]:
+        return {
+            "structure": self.structure.fingerprint,
+            "simulation": dataclasses.asdict(self.simulation),
+            "n_train": self.counts["n_train"],
+            "n_test": self.counts["n_test"],
+        }
+
+    @cached_property
+    def volume(self) -> Tensor:
+        """Density (size, size, size) of the structure, kept in the cache between runs."""
+        size, pixel = self.simulation.size, self.simulation.pixel_size
+        code = code_hashes("cryobench.specimens.density", "cryobench.specimens.maps", "cryobench.specimens.atoms")
+        path = cache_dir() / "volumes" / f"{digest([self.structure.fingerprint, size, pixel, code])[:24]}.pt"
+        if path.exists():
+            return torch.load(path, weights_only=True)
+        volume, _ = self.structure.density(size, pixel)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+        torch.save(volume, partial)
+        partial.replace(path)
+        return volume
+
+    @cached_property
+    def simulator(self) -> Simulator:
+        return Simulator(self.volume, self.simulation, self.device)
+
+    @cached_property
+    def _particles(self) -> tuple[Particles, Particles]:
+        n_train, n_test = self.counts["n_train"], self.counts["n_test"]
+        return self.simulator.simulate(n_train + n_test, self.cell.seed).split(n_train)
+
+    @cached_property
+    def train(self) -> TrainingData:
+        """What the method may see, behind the gate of its supervision."""
+        return TrainingData.simulated(self.method_class.supervision, self._particles[0], self.simulator)
+
+    @property
+    def test(self) -> Particles:
+        return self._particles[1]
+
+    def fit(self, budget: Budget | None = None) -> Denoiser:
+        """The fitted method, from the cache where this very fit was made before; resumes a killed one."""
+        cell = self.cell
+        learns_from = ("cryobench.imaging.particles", "cryobench.imaging.training_data")
+        code = code_hashes(*learns_from, self.method_class.__module__)
+        key = digest({**self.inputs(), "code": code, "conventions": None})[:24]
+        folder = cache_dir() / "fits" / f"{cell.method}-{key}"
+        weights = folder / "weights"
+        if (folder / "weights.json").exists():
+            return self.method_class.load(weights, self.device)
+        method = self.method_class(self.config, self.device, stream_seed(cell.seed, cell.method) % 2**31)
+        if budget is None:
+            budget = Budget()
+        started = time.perf_counter()
+        method.fit(self.train, dataclasses.replace(budget, checkpoint=folder / "checkpoint.pt"))
+        # a resumed fit states its own time, which counts the pieces before it
+        method.info.setdefault("seconds", time.perf_counter() - started)
+        if method.state:
+            method.save(weights)
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+        return method
+
+    def denoise(self, method: Denoiser, images: Tensor | None = None) -> tuple[Tensor, float]:
+        """Denoised test images and the images per second it took."""
+        images = self.test.noisy if images is None else images
+        started = time.perf_counter()
+        denoised = method.denoise(images, self.test.sigma)
+        return denoised, len(images) / max(time.perf_counter() - started, 1e-9)
+
+    def scores(self, method: Denoiser, denoised: Tensor) -> dict[str, dict[str, Tensor]]:
+        """Per-image values: convention -> metric -> (n,). Legacy conventions may feed classical methods their way."""
+        test = self.test
+        found = {}
+        for name in self.spec.conventions:
+            prepare = CONVENTIONS[name].prepare
+            clean, noisy, out = test.clean, test.noisy, denoised
+            if prepare is not None and method.supervision in CLASSICAL:
+                part = slice(0, LEGACY_IMAGES)
+                clean = clean[part]
+                noisy, sigma = prepare(clean, noisy[part], test.sigma)
+                out = method.denoise(noisy, sigma)
+            found[name] = score(name, out, clean, noisy)
+        return found
+
+    def statistics(self, scores: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, dict[str, Any]]]:
+        return {c: {m: summarise(v, seed=self.cell.seed) for m, v in values.items()} for c, values in scores.items()}
+
+    def spectral(self, denoised: Tensor) -> dict[str, list[float]]:
+        """Fourier ring correlation with the clean images."""
+        return {"frc_clean": [round(float(v), 5) for v in frc(denoised, self.test.clean)]}
+
+    def invention(self, method: Denoiser) -> dict[str, float]:
+        """What comes out of pure noise of the same level: energy of the output per energy of the noise."""
+        size, sigma = self.simulation.size, self.test.sigma
+        generator = torch.Generator().manual_seed(stream_seed(self.cell.seed, "pure noise"))
+        noise = torch.randn(NOISE_IMAGES, size, size, generator=generator) * sigma
+        return {"noise_energy": float(method.denoise(noise, sigma).double().var() / sigma**2)}
+
+
+def data_hash(particles: Particles) -> str:
+    """sha256 of the very images that were scored."""
+    import hashlib
+
+    digester = hashlib.sha256()
+    for stack in (particles.clean, particles.noisy):
+        digester.update(stack.contiguous().numpy().tobytes())
+    return digester.hexdigest()
+
+

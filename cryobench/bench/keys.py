@@ -1,0 +1,85 @@
+"""When is a number still valid? A run's key is a hash of plain data: code, configuration, data, seed, device.
+
+Code counts as the set of project modules that the run can reach by import, each as its syntax tree without
+comments and docstrings: editing a comment makes nothing stale, editing a function only what uses it.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+#: reached by import, but without influence on a number
+WITHOUT_INFLUENCE = {
+    "cryobench.errors",
+    "cryobench.paths",
+    "cryobench.specimens.manifest",
+    "cryobench.specimens.fetch",
+    "cryobench.bench.tables",
+}
+
+
+def digest(value: Any) -> str:
+    """sha256 of plain data in canonical JSON: independent of the order of keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def code_hashes(*modules: str) -> dict[str, str]:
+    """Hash per module for the given modules and all they import from their own package."""
+    found: dict[str, str] = {}
+    todo = list(modules)
+    while todo:
+        name = todo.pop()
+        if name in found or name in WITHOUT_INFLUENCE:
+            continue
+        path = _file(name)
+        if path is None:
+            continue
+        found[name], imports = _read(path, name)
+        todo.extend(imports)
+    return dict(sorted(found.items()))
+
+
+def notebook_hash(path: Path) -> str:
+    """Hash of a notebook's code cells; its prose may change without making a result stale."""
+    cells = json.loads(path.read_text())["cells"]
+    return digest(["".join(c["source"]) for c in cells if c["cell_type"] == "code"])
+
+
+@cache
+def _file(name: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+
+
+@cache
+def _read(path: Path, name: str) -> tuple[str, tuple[str, ...]]:
+    tree = ast.parse(path.read_text())
+    package = name.split(".")[0]
+    imports = tuple(sorted({m for m in _imports(tree) if m.split(".")[0] == package}))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+            ast.get_docstring(node, clean=False) is not None
+        ):
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            # `from package import module` names a module too
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)

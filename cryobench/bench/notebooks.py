@@ -1,0 +1,84 @@
+"""Notebooks as programs: parameters checked before launch, executed in a process of their own."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from cryobench.errors import CryobenchError
+
+
+class NotebookError(CryobenchError):
+    """A cell of the notebook raised; the message is its last line."""
+
+
+def parameters_of(notebook: Path) -> dict[str, Any]:
+    """Names and default values of the cell tagged ``parameters`` (literals only)."""
+    try:
+        cells = json.loads(notebook.read_text())["cells"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CryobenchError(f"{notebook}: not a notebook ({error})") from error
+    for cell in cells:
+        if "parameters" in cell.get("metadata", {}).get("tags", []):
+            tree = ast.parse("".join(cell["source"]))
+            return {
+                node.targets[0].id: ast.literal_eval(node.value)
+                for node in tree.body
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+            }
+    return {}
+
+
+def check_parameters(notebook: Path, given: dict[str, Any]) -> None:
+    """Refuse a parameter that the notebook does not have, or a value of another type.
+
+    papermill would run on with the default and exit 0.
+    """
+    known = parameters_of(notebook)
+    for name, value in given.items():
+        if name not in known:
+            raise CryobenchError(f"{notebook.name} has no parameter {name!r}; it has {', '.join(known) or 'none'}")
+        if type(value) is not type(known[name]):
+            raise CryobenchError(
+                f"{notebook.name}: {name} must be {type(known[name]).__name__}, not {type(value).__name__} {value!r}"
+            )
+
+
+def execute(notebook: Path, output: Path, parameters: dict[str, Any], threads: int | None = None) -> None:
+    """Run a notebook with parameters; ``output`` appears when it is complete, or with the error in it.
+
+    Raises NotebookError with the last line of the exception if a cell raises.
+    """
+    check_parameters(notebook, parameters)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f"{output.stem}.{os.getpid()}.part.ipynb")
+    environment = dict(os.environ)
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        json.dump(parameters, file)  # JSON is YAML
+        file.flush()
+        command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--log-level", "ERROR"]
+        command += ["--kernel", "python3", "--parameters_file", file.name, str(notebook), str(partial)]
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        try:
+            _, errors = process.communicate()
+        except BaseException:
+            # Ctrl-C: the kernel goes with its parent; what it had learned is in the checkpoint
+            process.terminate()
+            process.wait()
+            partial.unlink(missing_ok=True)
+            raise
+    if partial.exists():
+        partial.replace(output)
+    if process.returncode:
+        lines = [line for line in errors.splitlines() if line.strip()]
+        raise NotebookError(lines[-1].strip() if lines else f"papermill ended with {process.returncode}")

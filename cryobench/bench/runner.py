@@ -1,0 +1,119 @@
+"""Runs what a plan lacks: each cell is its method's notebook, executed with the cell's coordinates."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from cryobench.bench import records
+from cryobench.bench.experiment import Cell, pick_device
+from cryobench.bench.notebooks import execute
+from cryobench.bench.plan import State, notebook_of, path_of, state_of
+from cryobench.errors import CryobenchError
+from cryobench.methods.registry import get_method
+from cryobench.paths import cache_dir
+from cryobench.specimens.catalog import specimen_name
+
+Say = Callable[[str], None]
+
+
+def run_cells(
+    cells: list[Cell], results: Path, device: str = "auto", jobs: int = 1, say: Say = print
+) -> list[tuple[Cell, str]]:
+    """Run all cells without a valid record; returns the failed ones with their errors.
+
+    A failed run is recorded as failed and never stops the others. Safe to kill at any moment: records
+    appear whole, and a fit goes on from its checkpoint.
+    """
+    device_now = pick_device(device)
+    states = [state_of(cell, results, device) for cell in cells]
+    todo = [s for s in states if s.state != "done"]
+    say(f"{len(cells) - len(todo)} of {len(cells)} cells are recorded, {len(todo)} to run on {device_now}")
+    clock = _Clock([s.cell for s in todo], jobs)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    failed: list[tuple[Cell, str]] = []
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        futures = {pool.submit(_run_cell, s, results, device_now, threads): s for s in todo}
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                state = futures[future]
+                seconds, error = future.result()
+                name = f"{specimen_name(state.cell.specimen)} {state.cell.method} seed {state.cell.seed}"
+                if error is None:
+                    clock.done(state.cell, seconds)
+                    say(f"[{done}/{len(todo)}] {name}: {seconds:.0f} s, {clock.left()}")
+                else:
+                    failed.append((state.cell, error))
+                    say(f"[{done}/{len(todo)}] {name}: FAILED: {error}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
+
+
+def _run_cell(state: State, results: Path, device: str, threads: int) -> tuple[float, str | None]:
+    cell = state.cell
+    path = path_of(cell, results)
+    started = time.perf_counter()
+    parameters = {**dataclasses.asdict(cell), "device": device, "results": str(results.resolve())}
+    del parameters["method"]  # the notebook is the method
+    try:
+        execute(notebook_of(cell.method), path.with_suffix(".ipynb"), parameters, threads)
+        if not path.exists() or state_of(cell, results, device).state != "done":
+            raise CryobenchError("the notebook ended without the record it should have written")
+    except CryobenchError as error:
+        _record_failure(cell, path, device, str(error))
+        return time.perf_counter() - started, str(error)
+    return time.perf_counter() - started, None
+
+
+def _record_failure(cell: Cell, path: Path, device: str, error: str) -> None:
+    machine = records.machine(device)
+    unknown = {k: "" for k in ("key", "code_hash", "data_hash", "notebook_hash")}
+    record = {
+        "schema": records.VERSION,
+        **dataclasses.asdict(cell),
+        "specimen": specimen_name(cell.specimen),
+        "status": "failed",
+        "error": error,
+        "provenance": {**unknown, "code": {}, "data": {}, **machine},
+    }
+    records.write_record(path, record)
+
+
+class _Clock:
+    """Estimates what is left from how long each method took before, on this machine."""
+
+    def __init__(self, cells: list[Cell], jobs: int) -> None:
+        self.path = cache_dir() / "timings.json"
+        self.jobs = jobs
+        try:
+            self.known: dict[str, float] = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            self.known = {}
+        self.todo = list(cells)
+
+    def expected(self, cell: Cell) -> float:
+        guess = 75.0 if get_method(cell.method).trained and cell.profile != "smoke" else 10.0
+        return self.known.get(f"{cell.profile}/{cell.method}", guess)
+
+    def done(self, cell: Cell, seconds: float) -> None:
+        self.todo.remove(cell)
+        self.known[f"{cell.profile}/{cell.method}"] = round(seconds, 1)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.known, indent=1, sort_keys=True))
+
+    def left(self) -> str:
+        seconds = sum(self.expected(c) for c in self.todo) / self.jobs
+        return f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left"
+
+
+def warn(line: str) -> None:
+    """Progress goes to stderr, so that stdout stays what was asked for."""
+    print(line, file=sys.stderr, flush=True)
