@@ -1,0 +1,7 @@
+"""``python -m cryobench`` is the same as ``cryobench``."""
+
+import sys
+
+from cryobench.cli import main
+
+sys.exit(main())
