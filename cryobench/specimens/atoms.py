@@ -20,7 +20,7 @@ MORE_WATERS = {"TIP", "TIP3", "TP3", "T3P", "SPC", "SOL"}
 B_UNKNOWN = 20.0
 """B-factor (A^2) for atoms whose own is no displacement (not a number, or AlphaFold's confidence)."""
 
-B_RANGE = (20.0, 200.0)
+B_RANGE = (10.0, 200.0)
 """B-factors (A^2) that density is made with; 0 in a file means "not refined", 500 "do not look here"."""
 
 

@@ -30,18 +30,18 @@ def default_pixel_size(atoms: Atoms, size: int) -> float:
 def atoms_to_density(atoms: Atoms, size: int, pixel_size: float, resolution: float | None = None) -> Tensor:
     """Electrostatic potential of atoms in vacuum, with their mass centre at voxel size//2.
 
-    Each atom is the sum of five Gaussians of its electron scattering factor (Peng 1996, the C4322 table of the
-    International Tables, as gemmi has it) spread by its B-factor, which is held within 20..200 A^2. The sum is
-    laid on a finer grid by gemmi, then Fourier-cropped: the result is band-limited to the sphere |k| <= Nyquist,
-    without aliasing. No ice is displaced: against vacuum the lowest frequencies are stronger than in ice.
+    Each atom is the sum of five Gaussians of its electron scattering factor (Peng 1996, the C4322 table of
+    the International Tables, as gemmi has it) spread by its B-factor, which is held within 10..200 A^2. The
+    sum is laid on a finer grid by gemmi, then Fourier-cropped: the result is band-limited to the sphere
+    |k| < Nyquist, without aliasing. No ice is displaced: the lowest frequencies are stronger than in ice.
 
     Args:
         atoms: the particle.
         size: voxels per side, odd or even.
         pixel_size: voxel size in angstrom.
-        resolution: in angstrom; amplitudes are multiplied by the Gaussian exp(-resolution^2 k^2), that is 1/e at
-            k = 1/resolution, B = 4 resolution^2 (ChimeraX's molmap). Default 2 * pixel_size, the finest the
-            grid holds; 0 leaves the atoms as sharp as their B-factors make them.
+        resolution: in angstrom; amplitudes are multiplied by the Gaussian exp(-resolution^2 k^2), which is
+            1/e at k = 1/resolution and B = 4 resolution^2 (ChimeraX's molmap). Default 2 * pixel_size, the
+            finest the grid holds; 0 leaves the atoms as sharp as their B-factors make them.
 
     Returns:
         (size, size, size) float32, axes (z, y, x), in volts; protein is about 8 V inside, background near 0.
@@ -50,9 +50,7 @@ def atoms_to_density(atoms: Atoms, size: int, pixel_size: float, resolution: flo
         CryobenchError: the particle does not fit in the box in every orientation, or a value makes no sense.
     """
     if not (size >= 4 and pixel_size > 0 and math.isfinite(pixel_size)):
-        raise CryobenchError(
-            f"a box of {size} voxels of {pixel_size} A cannot be; give size >= 4, pixel size > 0"
-        )
+        raise CryobenchError(f"no box of {size} voxels of {pixel_size} A; give size >= 4 and pixel size > 0")
     if resolution is None:
         resolution = 2 * pixel_size
     if not (resolution >= 0 and math.isfinite(resolution)):
@@ -61,16 +59,17 @@ def atoms_to_density(atoms: Atoms, size: int, pixel_size: float, resolution: flo
     reach = ((size - 1) // 2) * pixel_size
     needed = atoms.radius() + MARGIN
     if needed > reach:
+        larger, wider = 2 * math.ceil(needed / pixel_size) + 2, needed / ((size - 1) // 2)
         raise CryobenchError(
-            f"a particle {2 * atoms.radius():.0f} A across does not fit in {size} voxels of {pixel_size:g} A; "
-            f"use size {2 * math.ceil(needed / pixel_size) + 2} or a pixel size of {needed / ((size - 1) // 2):.2f} A"
+            f"a particle {2 * atoms.radius():.0f} A across does not fit {size} voxels of {pixel_size:g} A; "
+            f"use size {larger} or a pixel size of {math.ceil(100 * wider) / 100:.2f} A"
         )
     fine = _lay_down(atoms, size, pixel_size)
     return _crop(fine, size, pixel_size, resolution)
 
 
 def _lay_down(atoms: Atoms, size: int, pixel_size: float) -> np.ndarray:
-    """Density, widened by BLUR, on the fine grid (x, y, z) over the same box; the centre at size//2 * pixel_size."""
+    """Density, widened by BLUR, on the fine grid (x, y, z) of the same box; the centre as in the result."""
     import gemmi
 
     positions = atoms.positions - atoms.centre() + (size // 2) * pixel_size
@@ -83,13 +82,11 @@ def _lay_down(atoms: Atoms, size: int, pixel_size: float) -> np.ndarray:
     calculator.grid.set_size(fine, fine, fine)
     elements = {e: gemmi.Element(e) for e in set(atoms.elements)}
     atom = gemmi.Atom()
-    for position, element, b, occupancy in zip(
-        positions, atoms.elements, b_iso, atoms.occupancy, strict=True
-    ):
+    for position, element, b, occ in zip(positions, atoms.elements, b_iso, atoms.occupancy, strict=True):
         atom.pos = gemmi.Position(*position)
         atom.element = elements[element]
         atom.b_iso = b
-        atom.occ = occupancy
+        atom.occ = occ
         calculator.add_atom_density_to_grid(atom)
     return calculator.grid.array
 
