@@ -134,7 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     from cryobench import commands
 
-    handler = getattr(commands, args.command.replace("-", "_"))
+    names = {"list": "list_things", "new-method": "new_method"}
+    handler = getattr(commands, names.get(args.command, args.command))
     try:
         return int(handler(args) or 0)
     except CryobenchError as error:

@@ -53,6 +53,8 @@ def cells_of(
         get_method(method)
     if specimens is None:
         specimens = [s for s in spec.specimens if available(s)]
+    # a structure file is named in full: the notebook runs in another folder
+    specimens = [str(Path(s).resolve()) if Path(s).is_file() else s for s in specimens]
     chosen = methods or [m for m in spec.methods if m in built]
     return [Cell(spec.name, s, m, profile, seed) for s in specimens for m in chosen for seed in seeds or [0]]
 

@@ -1,0 +1,283 @@
+"""What each command of the command line does, in terms of the package. Imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cryobench.errors import CryobenchError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _say(text: str) -> None:
+    """Progress and remarks go to stderr, so that stdout stays what was asked for."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    widths = {k: max(len(k), *(len(str(r[k])) for r in rows)) for k in rows[0]} if rows else {}
+    for row in [{k: k for k in widths}, *rows]:
+        print("  ".join(f"{row[k]!s:<{w}}" for k, w in widths.items()).rstrip())
+
+
+def list_things(args: Namespace) -> None:
+    """Methods, tables, specimens or profiles."""
+    rows: list[dict[str, Any]] = []
+    if args.what == "methods":
+        from cryobench.methods.registry import all_methods
+
+        for name, m in all_methods().items():
+            rows.append({"name": name, "supervision": m.supervision, "paper": m.paper, "trained": m.trained})
+    elif args.what == "tables":
+        from cryobench.bench.tables import load_table, table_names
+
+        for spec in map(load_table, table_names()):
+            source = spec.paper.get("doi") or f"arXiv {spec.paper.get('arxiv')}"
+            rows.append({"name": spec.name, "source": source, "title": spec.paper["title"]})
+    elif args.what == "profiles":
+        from cryobench.bench.tables import PROFILES
+
+        rows = [{"name": k, "for": v} for k, v in PROFILES.items()]
+    else:
+        from cryobench.specimens.catalog import ARCHIVE, BUILT_IN, available
+
+        rows = [{"name": k, "source": "built-in", "here": True, "what": v[1]} for k, v in BUILT_IN.items()]
+        for name, (entry, _, what) in ARCHIVE.items():
+            rows.append({"name": name, "source": entry, "here": available(name), "what": what})
+    _print_rows(rows, args.json)
+
+
+def fetch(args: Namespace) -> int:
+    """Download entries; one that fails does not stop the others."""
+    from cryobench.paths import data_dir
+    from cryobench.specimens.fetch import fetch as fetch_entry
+    from cryobench.specimens.manifest import find_entry, load_manifest
+
+    manifest = load_manifest()
+    if not args.all and not args.entries:
+        raise CryobenchError(f"name an entry or give --all; there are: {', '.join(manifest)}")
+    chosen = [find_entry(name, manifest) for name in args.entries]
+    if args.all:
+        chosen += [e for e in manifest.values() if e.files and e not in chosen]
+    folder = Path(args.data_dir) if args.data_dir else data_dir()
+    failed = 0
+    for entry in chosen:
+        try:
+            for path in fetch_entry(entry, folder):
+                print(path)
+        except CryobenchError as error:
+            _say(f"cryobench: {entry.id}: {error}")
+            failed += 1
+    return 1 if failed else 0
+
+
+def simulate(args: Namespace) -> None:
+    """Noisy and clean stacks and a STAR file with poses, CTF and optics group."""
+    from cryobench.bench.experiment import pick_device
+    from cryobench.imaging.particles import Simulation, Simulator
+    from cryobench.imaging.stacks import write_particles_set
+    from cryobench.specimens.catalog import resolve
+
+    if args.n < 1:
+        raise CryobenchError("ask for at least one image (-n)")
+    output = _output(args.output, (".mrcs", ".mrc"))
+    device = pick_device(args.device)
+    structure = resolve(args.structure, pixel_size=args.map_pixel_size)
+    pixel_size = args.pixel_size or structure.pixel_size(args.size)
+    fields = ("snr", "noise", "ctf", "shift", "contrast", "bfactor")
+    simulation = Simulation(args.size, pixel_size, **{k: getattr(args, k) for k in fields})
+    volume, notes = structure.density(args.size, pixel_size, args.resolution)
+    for note in notes:
+        _say(f"{structure.name}: {note}")
+    particles = Simulator(volume, simulation, device).simulate(args.n, args.seed)
+    origin = {"structure": structure.name, "fingerprint": structure.fingerprint, "seed": args.seed}
+    for path in write_particles_set(output, particles, simulation, origin):
+        print(path)
+    _say(
+        f"{args.n} images of {args.size} px at {pixel_size:g} A; SNR {args.snr:g} = var(clean)/var(noise), "
+        f"sigma {particles.sigma:.6g}; clean = {particles.scale:.6g} * projection + {particles.offset:.6g}"
+    )
+
+
+def denoise(args: Namespace) -> None:
+    """Denoise a stack or a micrograph; trains first where the method needs it."""
+    from cryobench.bench.experiment import pick_device
+    from cryobench.bench.tables import PROFILES
+    from cryobench.imaging.stacks import read_images
+    from cryobench.methods.apply import prepare_method
+    from cryobench.methods.noise_level import estimate_sigma
+    from cryobench.specimens.mrc import write_mrc
+
+    if args.profile not in PROFILES:
+        raise CryobenchError(f"no profile {args.profile!r}; there are: {', '.join(PROFILES)}")
+    if args.sigma is not None and not args.sigma >= 0:
+        raise CryobenchError("--sigma must be zero or positive, in the units of the images")
+    output = _output(args.output, (".mrcs", ".mrc"))
+    images, pixel_size = read_images(args.input, args.pixel_size)
+    sigma = estimate_sigma(images) if args.sigma is None else args.sigma
+    method = prepare_method(
+        args.method,
+        images,
+        sigma,
+        pixel_size,
+        profile=args.profile,
+        train_on=args.train_on,
+        weights=args.weights,
+        device=pick_device(args.device),
+        seed=args.seed,
+        say=_say,
+    )
+    denoised = method.denoise(images, sigma)
+    if args.save_weights:
+        method.save(args.save_weights)
+    write_mrc(output, denoised.numpy(), pixel_size, stack=len(images) > 1 or output.suffix == ".mrcs")
+    known = "given" if args.sigma is not None else "estimated from the corners"
+    _say(f"{method.name} ({method.supervision}): {len(images)} images, sigma {sigma:.6g} {known}")
+    print(output)
+
+
+def evaluate(args: Namespace) -> None:
+    """Scores with 95 % intervals and the Fourier ring correlation with the clean images."""
+    from cryobench.imaging.stacks import read_images
+    from cryobench.metrics.bootstrap import summarise
+    from cryobench.metrics.conventions import CONVENTIONS, score
+    from cryobench.metrics.spectral import frc, frc_resolution
+
+    if args.convention not in CONVENTIONS:
+        raise CryobenchError(f"no convention {args.convention!r}; there are: {', '.join(CONVENTIONS)}")
+    clean, pixel_size = read_images(args.clean, args.pixel_size)
+    stacks: dict[str, Tensor] = {"denoised": read_images(args.output, pixel_size)[0]}
+    if args.noisy:
+        stacks["noisy"] = read_images(args.noisy, pixel_size)[0]
+    noisy = stacks.get("noisy")
+    result: dict[str, Any] = {"convention": args.convention, "n": len(clean), "pixel_size": pixel_size}
+    for name, stack in stacks.items():
+        if stack.shape != clean.shape:
+            raise CryobenchError(f"{name} images are {tuple(stack.shape)}, the clean ones {tuple(clean.shape)}")
+        scores = {k: summarise(v) for k, v in score(args.convention, stack, clean, noisy).items()}
+        resolution = frc_resolution(frc(stack, clean), pixel_size, 0.5)
+        result[name] = {"metrics": scores, "frc_0.5_angstrom": resolution}
+    if args.json:
+        print(json.dumps(result, indent=1))
+        return
+    print(f"{len(clean)} images, convention {args.convention}, clean range {clean.min():.4g} .. {clean.max():.4g}")
+    for name in stacks:
+        print(f"{name}: FRC 0.5 with the clean images at {result[name]['frc_0.5_angstrom'] or float('nan'):.2f} A")
+        for metric, s in result[name]["metrics"].items():
+            print(f"  {metric:<10} {s['mean']:.5g}  [{s['ci95'][0]:.5g}, {s['ci95'][1]:.5g}]")
+
+
+def run(args: Namespace) -> int:
+    """Run the cells of a table that have no valid record."""
+    from cryobench.bench.plan import cells_of
+    from cryobench.bench.runner import run_cells
+    from cryobench.bench.tables import load_table
+
+    if args.jobs < 1:
+        raise CryobenchError("--jobs must be at least 1")
+    cells = cells_of(load_table(args.table), _profile(args), args.specimen, args.method, args.seeds)
+    failed = run_cells(cells, Path(args.results), args.device, args.jobs, _say)
+    for cell, error in failed:
+        _say(f"failed: {cell.specimen} {cell.method} seed {cell.seed}: {error}")
+    return 1 if failed else 0
+
+
+def status(args: Namespace) -> None:
+    """State of every cell, and why."""
+    from cryobench.bench.plan import cells_of, state_of
+    from cryobench.bench.tables import load_table
+    from cryobench.methods.registry import all_methods
+
+    spec = load_table(args.table)
+    states = [
+        state_of(c, Path(args.results))
+        for c in cells_of(spec, _profile(args), args.specimen, args.method, args.seeds)
+    ]
+    rows = [
+        {"specimen": s.cell.specimen, "method": s.cell.method, "seed": s.cell.seed, "state": s.state, "why": s.why}
+        for s in states
+    ]
+    _print_rows(rows, args.json)
+    unbuilt = [m for m in spec.methods if m not in all_methods()]
+    if unbuilt and not args.method:
+        _say(f"in the paper's table but not built yet: {', '.join(unbuilt)}")
+
+
+def table(args: Namespace) -> None:
+    """Measured beside published."""
+    from cryobench.bench.report import table_text
+
+    print(table_text(args.table, _profile(args), Path(args.results), args.format, args.convention, args.wide))
+
+
+def reconstruct(args: Namespace) -> None:
+    """A map and two half maps."""
+    from cryobench.reconstruction.command import reconstruct_star
+
+    output = _output(args.output, (".mrc", ".map"))
+    for path in reconstruct_star(Path(args.input), output, args.engine, args.symmetry):
+        print(path)
+
+
+def fsc(args: Namespace) -> None:
+    """Curve and resolution at 0.143 and 0.5."""
+    from cryobench.reconstruction.command import fsc_of_maps
+
+    result = fsc_of_maps(args.a, args.b, args.mask, args.pixel_size)
+    if args.json:
+        print(json.dumps(result, indent=1))
+        return
+    for frequency, value in zip(result["frequency"], result["fsc"], strict=True):
+        print(f"{frequency:.5f} 1/A  {value:+.4f}")
+    for threshold in ("0.143", "0.5"):
+        resolution = result["resolution"][threshold]
+        print(f"FSC {threshold}: " + (f"{resolution:.2f} A" if resolution else "not crossed below Nyquist"))
+
+
+def book(args: Namespace) -> None:
+    """The static site."""
+    from cryobench.bench.book import build_book
+
+    print(build_book(_profile(args), Path(args.results), Path(args.output) if args.output else None, _say))
+
+
+def new_method(args: Namespace) -> None:
+    """A method's three files."""
+    from cryobench.bench.new_method import write_method
+
+    for path in write_method(args.name):
+        print(path)
+
+
+def doctor(args: Namespace) -> int:
+    """What this machine has; exit code 1 if something needed is missing."""
+    from cryobench.bench.doctor import examine
+
+    rows = examine()
+    _print_rows(rows, args.json)
+    return 1 if any(r["state"] == "missing" for r in rows) else 0
+
+
+def _profile(args: Namespace) -> str:
+    from cryobench.bench.tables import PROFILES
+
+    if args.profile not in PROFILES:
+        raise CryobenchError(f"no profile {args.profile!r}; there are: {', '.join(PROFILES)}")
+    return str(args.profile)
+
+
+def _output(name: str, suffixes: tuple[str, ...]) -> Path:
+    path = Path(name)
+    if path.suffix not in suffixes:
+        raise CryobenchError(f"{path}: the output must end in {' or '.join(suffixes)}")
+    if not path.absolute().parent.is_dir():
+        raise CryobenchError(f"{path}: the folder {path.absolute().parent} does not exist")
+    return path
