@@ -12,7 +12,7 @@ import platformdirs
 
 
 def project_root() -> Path:
-    """Folder that holds tables/, notebooks/, data/ and book/: the repository, or the installed package's copy."""
+    """Folder that holds tables/, notebooks/, data/ and book/: the repository, or the package's copy."""
     package = Path(__file__).resolve().parent
     repository = package.parent
     # "tables" alone would not do: PyTables installs a folder of that name beside this package.
