@@ -1,0 +1,96 @@
+"""Scores per ring of spatial frequency: correlation with a reference, power, resolution.
+
+Rings are one Fourier pixel of the shorter side wide: ring k holds the frequencies nearest to k / min(shape)
+cycles per pixel, up to Nyquist, so that non-square images have round rings. Ring 0 is the mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cryobench.errors import CryobenchError
+
+
+def ring_frequencies(shape: tuple[int, ...]) -> Tensor:
+    """Centre of each ring in cycles per pixel, (min(shape) // 2 + 1,)."""
+    return torch.arange(min(shape) // 2 + 1, dtype=torch.float64) / min(shape)
+
+
+def ring_index(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Ring number and multiplicity of each coefficient of ``torch.fft.rfftn`` over 2D or 3D ``shape``.
+
+    Both flat. Frequencies beyond the last ring get the number min(shape) // 2 + 1. The multiplicity is 2
+    where the half transform stands for a conjugate pair, else 1.
+    """
+    *leading, last = shape
+    axes = [torch.fft.fftfreq(n, dtype=torch.float64) for n in leading]
+    axes.append(torch.fft.rfftfreq(last, dtype=torch.float64))
+    grids = torch.meshgrid(*axes, indexing="ij")
+    radius = torch.stack(grids).square().sum(0).sqrt() * min(shape)
+    index = radius.round().long().clamp(max=min(shape) // 2 + 1)
+    x = torch.arange(last // 2 + 1)
+    single = (x == 0) | (2 * x == last)
+    weight = torch.where(single, 1.0, 2.0).to(torch.float64).expand(index.shape)
+    return index.flatten(), weight.flatten()
+
+
+def ring_sums(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Sum of real ``values`` (laid out as rfftn of ``shape``) per ring, over the full transform; (rings,)."""
+    index, weight = ring_index(shape)
+    rings = min(shape) // 2 + 1
+    total = torch.zeros(rings + 1, dtype=torch.float64)
+    return total.index_add_(0, index, values.detach().cpu().double().flatten() * weight)[:rings]
+
+
+def frc(x: Tensor, ref: Tensor) -> Tensor:
+    """Fourier ring correlation of two stacks (n, h, w), over all images together; (min(h, w) // 2 + 1,).
+
+    Re sum X conj(Y) / sqrt(sum |X|^2 sum |Y|^2) per ring (Saxton & Baumeister 1982), 0 where a ring is empty.
+    """
+    if x.ndim != 3 or x.shape != ref.shape:
+        raise CryobenchError(
+            f"two stacks of one shape are needed, not {tuple(x.shape)} and {tuple(ref.shape)}"
+        )
+    cross = power_x = power_y = 0
+    for a, b in zip(x.split(256), ref.split(256), strict=True):
+        fx, fy = torch.fft.rfft2(a.double()), torch.fft.rfft2(b.to(a.device).double())
+        cross = cross + (fx * fy.conj()).real.sum(0)
+        power_x, power_y = power_x + fx.abs().square().sum(0), power_y + fy.abs().square().sum(0)
+    shape = tuple(x.shape[1:])
+    return correlation(*(ring_sums(torch.as_tensor(v), shape) for v in (cross, power_x, power_y)))
+
+
+def correlation(cross: Tensor, power_x: Tensor, power_y: Tensor) -> Tensor:
+    """cross / sqrt(power_x power_y), 0 where one of the powers is 0."""
+    scale = (power_x * power_y).sqrt()
+    return torch.where(scale > 0, cross / scale.where(scale > 0, 1.0), 0.0)
+
+
+def ring_power(x: Tensor) -> Tensor:
+    """Mean of |X|^2 / (h w) per ring over a stack (n, h, w): white noise has its variance in each ring."""
+    shape = (int(x.shape[-2]), int(x.shape[-1]))
+    power = sum(torch.fft.rfft2(part.double()).abs().square().sum(0) for part in x.split(256))
+    power = torch.as_tensor(power) / (len(x) * shape[0] * shape[1])
+    return ring_sums(power, shape) / ring_sums(torch.ones_like(power), shape)
+
+
+def resolution(curve: Tensor, pixel_size: float, shape: tuple[int, ...], threshold: float) -> float | None:
+    """Angstrom at which a curve over rings of ``shape`` first falls below the threshold.
+
+    Linear between rings, ring 0 (the mean) left out. A curve that never falls below is good to the last
+    ring; one that starts below has no resolution: None. Common thresholds: 0.143 between two independent
+    halves (Rosenthal & Henderson 2003), 0.5 against the truth.
+    """
+    values = [float(v) for v in curve]
+    if len(values) != min(shape) // 2 + 1:
+        raise CryobenchError(
+            f"a curve over {tuple(shape)} has {min(shape) // 2 + 1} rings, not {len(values)}"
+        )
+    if len(values) < 2 or not values[1] >= threshold:
+        return None
+    for k in range(2, len(values)):
+        if values[k] < threshold:
+            ring = k - 1 + (values[k - 1] - threshold) / (values[k - 1] - values[k])
+            return pixel_size * min(shape) / ring
+    return pixel_size * min(shape) / (len(values) - 1)
