@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--json", action="store_true")
 
     c = command("table", "measured beside published")
-    c.add_argument("table")
+    c.add_argument("table", nargs="+")
     c.add_argument("--profile", default="quick")
     c.add_argument("--format", choices=["text", "csv", "html", "latex", "json"], default="text")
     c.add_argument("--convention", help="the scoring shown as legacy (default: the paper's)")
@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_cells(c: argparse.ArgumentParser) -> None:
-    c.add_argument("table")
+    c.add_argument("table", nargs="+")
     c.add_argument("--profile", default="quick")
     c.add_argument("--specimen", nargs="+", action="extend", metavar="S", help="name or structure file")
     c.add_argument("--method", nargs="+", action="extend", metavar="M")

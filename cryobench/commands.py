@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from argparse import Namespace
@@ -183,10 +184,14 @@ def run(args: Namespace) -> int:
 
     if args.jobs < 1:
         raise CryobenchError("--jobs must be at least 1")
-    cells = cells_of(load_table(args.table), _profile(args), args.specimen, args.method, args.seeds)
+    cells = [
+        cell
+        for name in args.table
+        for cell in cells_of(load_table(name), _profile(args), args.specimen, args.method, args.seeds)
+    ]
     failed = run_cells(cells, Path(args.results), args.device, args.jobs, _say)
     for cell, error in failed:
-        _say(f"failed: {cell.specimen} {cell.method} seed {cell.seed}: {error}")
+        _say(f"failed: {cell.table} {cell.specimen} {cell.method} seed {cell.seed}: {error}")
     return 1 if failed else 0
 
 
@@ -196,26 +201,26 @@ def status(args: Namespace) -> None:
     from cryobench.bench.tables import load_table
     from cryobench.methods.registry import all_methods
 
-    spec = load_table(args.table)
+    specs = [load_table(name) for name in args.table]
     states = [
-        state_of(c, Path(args.results))
-        for c in cells_of(spec, _profile(args), args.specimen, args.method, args.seeds)
+        state_of(cell, Path(args.results))
+        for spec in specs
+        for cell in cells_of(spec, _profile(args), args.specimen, args.method, args.seeds)
     ]
-    rows = [
-        {"specimen": s.cell.specimen, "method": s.cell.method, "seed": s.cell.seed, "state": s.state, "why": s.why}
-        for s in states
-    ]
+    rows = [{**dataclasses.asdict(s.cell), "state": s.state, "why": s.why} for s in states]
     _print_rows(rows, args.json)
-    unbuilt = [m for m in spec.methods if m not in all_methods()]
-    if unbuilt and not args.method:
-        _say(f"in the paper's table but not built yet: {', '.join(unbuilt)}")
+    for spec in specs:
+        unbuilt = [m for m in spec.methods if m not in all_methods()]
+        if unbuilt and not args.method:
+            _say(f"in {spec.name} but not built yet: {', '.join(unbuilt)}")
 
 
 def table(args: Namespace) -> None:
     """Measured beside published."""
     from cryobench.bench.report import table_text
 
-    print(table_text(args.table, _profile(args), Path(args.results), args.format, args.convention, args.wide))
+    for name in args.table:
+        print(table_text(name, _profile(args), Path(args.results), args.format, args.convention, args.wide))
 
 
 def reconstruct(args: Namespace) -> None:

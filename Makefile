@@ -1,0 +1,41 @@
+# make book: set up, run the main job, build the book.  make test: set up, run the tests.
+PYTHON ?= python3
+VENV ?= .venv
+PROFILE ?= quick
+BOOK_TABLES ?= zhang2024 tang2022
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: book test lab setup lint clean
+
+book: $(READY)
+	@$(BIN)/cryobench run $(BOOK_TABLES) --profile $(PROFILE)
+	@$(BIN)/cryobench book --profile $(PROFILE)
+	@$(BIN)/cryobench table $(BOOK_TABLES) --profile $(PROFILE)
+
+test: $(READY)
+	@$(BIN)/python -m pytest
+
+lab: $(READY)
+	@$(BIN)/jupyter lab notebooks
+
+setup: $(READY)
+
+# An NVIDIA GPU gets the CUDA build of torch. Elsewhere the small CPU build is tried first: pip finds it where a
+# package index or folder with it is configured (see README), else it falls back to the default build.
+$(READY): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (once; a few minutes) ..."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV)
+	@torch=$$(grep '^torch==' constraints.txt); \
+	if ! command -v nvidia-smi >/dev/null 2>&1 && [ "$$(uname -s)" = Linux ]; then \
+	  $(BIN)/python -m pip install -q "$$torch+cpu" 2>/dev/null || $(BIN)/python -m pip install -q "$$torch"; \
+	else $(BIN)/python -m pip install -q "$$torch"; fi
+	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[book,lab,test,peers,dev]"
+	@touch $@
+
+lint: $(READY)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) book/_build results/*/quick results/*/smoke

@@ -1,0 +1,153 @@
+"""Projection of a volume by Fourier slices: the 2D transform of a projection is a central slice of the 3D one.
+
+``image(x, y) = sum over z of V(R p)`` with p = (x, y, z) relative to the centre voxel (index size // 2), so
+the image's transform at (kx, ky) is the volume's at R (kx, ky, 0); see :mod:`cryobench.imaging.rotations`.
+
+The volume is padded, its transform sampled by trilinear interpolation, only at the frequencies of the image
+itself and only inside the Nyquist circle. Trilinear interpolation of the transform multiplies the volume by
+a separable sinc^2; the volume is divided by it beforehand. Frequencies above Nyquist are zero.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cryobench.errors import CryobenchError
+
+#: samples of the transform handled at once: on a CPU the working set should stay in the cache, a GPU wants many
+CHUNK = {"cpu": 2**16, "cuda": 2**22}
+
+
+class Projector:
+    """Projects one volume in many directions.
+
+    volume: (d, d, d) indexed z, y, x; computed in its own precision, float32 unless it is float64.
+    padding: how much finer than the image's the grid of the 3D transform is, at least 1. With 2 the relative
+    error is below 1 % for a density that stays inside the sphere inscribed in the box; density outside that
+    sphere wraps around the image, as in RELION.
+    device: where the table is kept and the images are made (default: the volume's).
+
+    Memory: about 4 padding^3 d^3 bytes (float32) for the table, thrice that while it is built.
+    Raises CryobenchError for a volume that is not cubic.
+    """
+
+    def __init__(self, volume: Tensor, padding: float = 2, device: torch.device | str | None = None) -> None:
+        if volume.ndim != 3 or len(set(volume.shape)) != 1:
+            raise CryobenchError(f"a volume must be cubic to be projected, not {tuple(volume.shape)}: pad it")
+        if padding < 1:
+            raise CryobenchError(f"padding must be at least 1, not {padding}")
+        self.device = volume.device if device is None else torch.device(device)
+        self.dtype = torch.float64 if volume.dtype == torch.float64 else torch.float32
+        self.size = volume.shape[0]
+        self._padded = 2 * round(padding * self.size / 2)
+        self._table = _padded_transform(volume.to(self.device, self.dtype), self._padded)
+        self._pixels, self._points = _half_plane(self.size, self.device)
+
+    @torch.no_grad()
+    def project(self, rotations: Tensor, shifts: Tensor | None = None, filters: Tensor | None = None) -> Tensor:
+        """Images (n, d, d) of the volume seen through rotations (n, 3, 3).
+
+        shifts: (n, 2) pixels (x, y) by which the content of each image moves (RELION's rlnOriginXAngst is
+        minus this times the pixel size). filters: (n or 1, d, d // 2 + 1) real or complex, multiplied onto
+        the transforms in the layout of ``torch.fft.rfft2`` (a CTF, say).
+        Raises CryobenchError for matrices that are not rotations and for shapes that do not fit.
+        """
+        d, n = self.size, len(rotations)
+        rotations = _checked_rotations(rotations).to(self.device, self.dtype)
+        if shifts is not None and shifts.shape != (n, 2):
+            raise CryobenchError(f"shifts must have shape ({n}, 2), not {tuple(shifts.shape)}")
+        if filters is not None and (filters.shape[1:] != (d, d // 2 + 1) or len(filters) not in (1, n)):
+            raise CryobenchError(f"filters must be ({n} or 1, {d}, {d // 2 + 1}), not {tuple(filters.shape)}")
+        images = torch.empty(n, d, d, dtype=self.dtype, device=self.device)
+        step = max(1, CHUNK.get(self.device.type, 2**16) // len(self._pixels))
+        for start in range(0, n, step):
+            part = slice(start, start + step)
+            slices = self._slices(rotations[part])
+            if filters is not None:
+                slices *= (filters if len(filters) == 1 else filters[part]).to(self.device)
+            if shifts is not None:
+                slices *= _shift_phases(shifts[part].to(self.device, self.dtype), d)
+            images[part] = torch.fft.irfft2(slices, s=(d, d))
+        # the transform has its origin at pixel 0; the images have it at pixel d // 2
+        return torch.fft.fftshift(images, dim=(-2, -1))
+
+    def _slices(self, rotations: Tensor) -> Tensor:
+        """Central slices, (n, d, d // 2 + 1) complex, in the layout of rfft2 with the origin at pixel 0."""
+        n, d, m = len(rotations), self.size, self._padded
+        points = self._points.to(self.dtype) * (m / d)
+        position = (rotations[:, :, :2].transpose(0, 1).reshape(-1, 2) @ points).view(3, -1)  # x, y, z
+        # only x >= 0 is stored: elsewhere take the conjugate of the opposite point
+        sign = torch.where(position[0] < 0, -1.0, 1.0).to(self.dtype)
+        position *= sign
+        position[1:] += m // 2 + 1
+        corner = position.floor()
+        fraction = (position - corner).to(self._table.dtype)
+        x, y, z = corner.to(torch.int32 if self._table.numel() < 2**31 else torch.int64)
+        _, ny, nx = self._table.shape
+        first = (z * ny + y) * nx + x
+        steps = [(k * ny + j) * nx + i for k in (0, 1) for j in (0, 1) for i in (0, 1)]
+        cells = first + torch.tensor(steps, dtype=first.dtype, device=self.device)[:, None]
+        # gathering one real number twice as wide is the fastest way to gather a complex one on a CPU
+        value = _gather(self._table, cells)
+        value = torch.lerp(value[:4], value[4:], fraction[2])
+        value = torch.lerp(value[:2], value[2:], fraction[1])
+        value = torch.lerp(value[0], value[1], fraction[0])
+        value.imag.mul_(sign)
+        slices = torch.zeros(n, d * (d // 2 + 1), dtype=value.dtype, device=self.device)
+        slices[:, self._pixels] = value.view(n, -1)
+        return slices.view(n, d, d // 2 + 1)
+
+
+def _gather(table: Tensor, cells: Tensor) -> Tensor:
+    flat = table.view(-1)
+    if flat.dtype == torch.complex64:
+        wide = torch.view_as_real(flat).view(torch.float64).view(-1)
+        return wide.index_select(0, cells.view(-1)).view(torch.complex64).view(cells.shape)
+    return flat.index_select(0, cells.view(-1)).view(cells.shape)
+
+
+def _padded_transform(volume: Tensor, padded: int) -> Tensor:
+    """Transform of the volume, divided by sinc^2 and zero-padded to ``padded``: half space x >= 0.
+
+    Shape (padded + 3, padded + 3, padded // 2 + 2): z and y run from -padded/2 - 1 to padded/2 + 1, x from 0
+    to padded/2 + 1, so that a sample at Nyquist that rounding has pushed outwards still finds its neighbours.
+    """
+    d = volume.shape[0]
+    axis = torch.arange(d, dtype=volume.dtype, device=volume.device) - d // 2
+    correction = 1 / torch.sinc(axis / padded) ** 2
+    volume = volume * correction[:, None, None] * correction[:, None] * correction
+    before = padded // 2 - d // 2
+    volume = F.pad(volume, (before, padded - d - before) * 3)
+    transform = torch.fft.rfftn(torch.fft.ifftshift(volume))
+    wrapped = torch.arange(-padded // 2 - 1, padded // 2 + 2, device=volume.device) % padded
+    return F.pad(transform[wrapped][:, wrapped], (0, 1))
+
+
+def _half_plane(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Flat indices (m,) and frequencies (2, m) as (kx, ky) of the rfft2 pixels inside the Nyquist circle."""
+    ky = torch.fft.fftfreq(size, 1 / size, dtype=torch.float64, device=device)[:, None]
+    kx = torch.arange(size // 2 + 1, dtype=torch.float64, device=device)[None, :]
+    inside = (4 * (kx**2 + ky**2) <= size**2).nonzero()
+    y, x = inside.unbind(1)
+    return y * (size // 2 + 1) + x, torch.stack([kx[0, x], ky[y, 0]])
+
+
+def _shift_phases(shifts: Tensor, size: int) -> Tensor:
+    """Factors (n, d, d // 2 + 1) that move the content of images by shifts (n, 2), pixels (x, y)."""
+    ky = torch.fft.fftfreq(size, device=shifts.device, dtype=shifts.dtype)
+    kx = torch.arange(size // 2 + 1, device=shifts.device, dtype=shifts.dtype) / size
+    y = torch.exp(-2j * torch.pi * ky * shifts[:, 1:])
+    x = torch.exp(-2j * torch.pi * kx * shifts[:, :1])
+    return y[:, :, None] * x[:, None, :]
+
+
+def _checked_rotations(rotations: Tensor) -> Tensor:
+    if rotations.ndim != 3 or rotations.shape[1:] != (3, 3):
+        raise CryobenchError(f"rotations must have shape (n, 3, 3), not {tuple(rotations.shape)}")
+    double = rotations.double()
+    deviation = double @ double.transpose(1, 2) - torch.eye(3, dtype=torch.float64, device=rotations.device)
+    if len(rotations) and not float(deviation.abs().max()) < 1e-3:
+        raise CryobenchError("rotations must be orthonormal matrices: at least one is not")
+    return rotations
