@@ -11,7 +11,7 @@ from cryobench.errors import BadFileError, CryobenchError
 
 
 def existing_file(path: str | Path) -> Path:
-    """The path itself if it is a readable, regular, non-empty file; otherwise one line that says what it is."""
+    """The path itself if it is a readable, regular, non-empty file; otherwise an error of one line."""
     path = Path(path)
     try:
         if path.is_dir():
@@ -43,7 +43,9 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         raise CryobenchError(f"the folder {target.parent} does not exist; make it first")
     temporary: str | None = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".part", dir=target.parent)
+        handle, temporary = tempfile.mkstemp(
+            prefix=f".{target.name[:100]}.", suffix=".part", dir=target.parent
+        )
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()

@@ -10,7 +10,7 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -39,9 +39,9 @@ class MrcHeader:
     shape: tuple[int, int, int]
     dtype: np.dtype
     offset: int
-    voxel: tuple[float, float, float]
-    axes: tuple[int, int, int]
-    angles: tuple[float, float, float]
+    voxel: tuple[float, ...]
+    axes: tuple[int, ...]
+    angles: tuple[float, ...]
     ispg: int
     default_voxel: bool
 
@@ -83,13 +83,15 @@ def load(path: str | Path) -> tuple[np.ndarray, MrcHeader]:
 def choose_pixel_size(
     path: str | Path, header: MrcHeader, voxel: tuple[float, ...], given: float | None
 ) -> float:
-    """The pixel size in angstrom: ``given``, else that of the header if its ``voxel`` sides agree to 0.1 %."""
+    """The pixel size in angstrom: ``given``, else the header's if the ``voxel`` sides agree to 0.1 %."""
     if given is not None:
         if not (math.isfinite(given) and given > 0):
             raise CryobenchError(f"the pixel size must be a positive number of angstrom, not {given}")
         return float(given)
     if not all(math.isfinite(v) and 1e-3 < v < 1e5 for v in voxel):
-        raise CryobenchError(f"{path} has no pixel size in its header; give it with --pixel-size A (angstrom)")
+        raise CryobenchError(
+            f"{path} has no pixel size in its header; give it with --pixel-size A (angstrom)"
+        )
     if max(voxel) > 1.001 * min(voxel):
         sides = " x ".join(f"{v:.4g}" for v in voxel)
         raise CryobenchError(
@@ -98,7 +100,7 @@ def choose_pixel_size(
         )
     if header.default_voxel:
         warnings.warn(
-            f"{path}: a pixel size of exactly 1.0 A is often a default; give --pixel-size A if it is not true",
+            f"{path}: a pixel size of exactly 1.0 A is often a default; give --pixel-size A if it is one",
             stacklevel=3,
         )
     return sum(voxel) / len(voxel)
@@ -147,7 +149,9 @@ def _parse(path: Path, raw: bytes) -> MrcHeader:
     if found:
         return min(found, key=lambda header: header.nbytes)
     if other_modes:
-        raise BadFileError(f"{path} has MRC mode {other_modes[0]}, which is not read; convert it to {_MODE_NAMES}")
+        raise BadFileError(
+            f"{path} has MRC mode {other_modes[0]}, which is not read; convert it to {_MODE_NAMES}"
+        )
     raise BadFileError(f"{path} is not an MRC file (its header has no sensible size and mode)")
 
 
@@ -195,7 +199,7 @@ def _stream_length(file: Any, limit: int) -> int:
     return length
 
 
-def _data(path: Path, file: BinaryIO | Any, header: MrcHeader, length: int, wanted: bool) -> np.ndarray:
+def _data(path: Path, file: Any, header: MrcHeader, length: int, wanted: bool) -> np.ndarray:
     """The data behind the header as float32, once ``length`` is known to hold them."""
     if not wanted:
         return np.empty(0, np.float32)
@@ -206,7 +210,9 @@ def _data(path: Path, file: BinaryIO | Any, header: MrcHeader, length: int, want
         if file.readinto(piece) != len(piece):
             raise BadFileError(f"{path} ended while it was read; wait until it is written completely")
     if any(file.read(length - header.nbytes)):
-        raise BadFileError(f"{path} has other bytes behind the data than its header says; its header is wrong")
+        raise BadFileError(
+            f"{path} has other bytes behind the data than its header says; its header is wrong"
+        )
     return raw.view(header.dtype).reshape(header.shape).astype(np.float32, copy=False)
 
 
@@ -224,7 +230,9 @@ def write_mrc(path: str | Path, array: Any, pixel_size: float, stack: bool = Tru
     if data.ndim != 3 or data.size == 0:
         raise CryobenchError(f"{path}: an array of shape {data.shape} is neither images nor a volume")
     if not (math.isfinite(pixel_size) and pixel_size > 0):
-        raise CryobenchError(f"{path}: the pixel size must be a positive number of angstrom, not {pixel_size}")
+        raise CryobenchError(
+            f"{path}: the pixel size must be a positive number of angstrom, not {pixel_size}"
+        )
     low, high = float(data.min()), float(data.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise CryobenchError(f"{path} is not written: the array holds NaN or infinite values")
