@@ -64,7 +64,7 @@ SCHEMA = {
         "conventions": {"type": "array", "items": {"type": "string"}, "minItems": 1},
         "profiles": {"type": "object", "additionalProperties": _PROFILE, "required": list(PROFILES)},
     },
-    "required": ["name", "title", "paper", "published", "specimens", "methods", "simulation", "conventions", "profiles"],
+    "required": "name title paper published specimens methods simulation conventions profiles".split(),
     "additionalProperties": False,
 }
 

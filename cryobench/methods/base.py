@@ -84,7 +84,8 @@ class Denoiser:
             if key not in known:
                 raise CryobenchError(f"method {cls.name} has no option {key!r}; it has {', '.join(known) or 'none'}")
             default = known[key].default
-            if default is not None and not isinstance(value, (type(default), int if isinstance(default, float) else type(default))):
+            wanted = (int, float) if isinstance(default, float) else type(default)
+            if default is not None and not isinstance(value, wanted):
                 raise CryobenchError(f"method {cls.name}: {key} must be {type(default).__name__}, not {value!r}")
         return cls.Config(**values)
 

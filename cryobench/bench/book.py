@@ -1,0 +1,174 @@
+"""Builds the static book: chapters and executed method notebooks, in one site that needs no network.
+
+A method's chapter is its executed notebook: outputs from the run, prose from the notebook in git. Chapters
+that belong to no method read records and simulate small examples; they are executed here, and kept while
+neither they nor the code or the records change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cryobench.bench.keys import code_hashes, digest, notebook_hash
+from cryobench.bench.notebooks import execute, parameters_of
+from cryobench.bench.plan import notebook_of
+from cryobench.bench.records import read_record
+from cryobench.bench.tables import load_table, table_names
+from cryobench.errors import BadFileError, CryobenchError
+from cryobench.paths import project_root
+
+#: chapters in reading order: (title of the part, notebooks of the folder notebooks/)
+PARTS = (
+    ("Foundations", ("image-formation", "metrics")),
+    ("Published tables", tuple(f"tables/{t}" for t in ("zhang2024", "tang2022"))),
+)
+METHOD_ORDER = "noisy blank shrink lowpass-oracle mean gaussian bilateral lowpass bm3d ksvd dncnn".split()
+
+
+def build_book(profile: str, results: Path, output: Path | None, say: Callable[[str], None]) -> Path:
+    """Build the site of a profile; returns its index.html. Nothing is done when nothing changed.
+
+    Raises CryobenchError if there is no record of the profile, a chapter fails or the strict build warns.
+    """
+    output = output or project_root() / "book" / "_build"
+    runs = _runs(results, profile)
+    if not runs:
+        raise CryobenchError(f"no executed run of profile {profile} in {results}: run `cryobench run` first")
+    index = output / "html" / "index.html"
+    stamp = output / "stamp"
+    inputs = _inputs(profile, runs)
+    if index.exists() and stamp.exists() and stamp.read_text() == inputs:
+        say("the book is up to date")
+        return index
+    chapters = _execute_chapters(profile, results, say)
+    source = output / "source"
+    shutil.rmtree(source, ignore_errors=True)
+    _write_source(source, chapters, runs)
+    say("building the pages ...")
+    _sphinx(source, output)
+    stamp.write_text(inputs)
+    return index
+
+
+def _runs(results: Path, profile: str) -> dict[str, list[Path]]:
+    """Executed notebooks that have a record, by method, the table's own order of specimens first."""
+    found: dict[str, list[Path]] = {}
+    for table in table_names():
+        specimens = list(load_table(table).specimens)
+        for path in sorted((results / table / profile).glob("*.json")):
+            try:
+                record = read_record(path)
+            except BadFileError:
+                continue
+            if record["status"] == "done" and path.with_suffix(".ipynb").exists():
+                found.setdefault(record["method"], []).append(path.with_suffix(".ipynb"))
+        for paths in found.values():
+            order = {s: k for k, s in enumerate(specimens)}
+            paths.sort(key=lambda p: (p.parent.parent.name, order.get(p.name.split("__")[0], 99), p.name))
+    return found
+
+
+def _inputs(profile: str, runs: dict[str, list[Path]]) -> str:
+    """Digest of all that the site shows."""
+    root = project_root()
+    files = [p for paths in runs.values() for p in paths] + [p.with_suffix(".json") for ps in runs.values() for p in ps]
+    files += [p for folder in ("book", "notebooks", "tables") for p in sorted((root / folder).rglob("*"))
+              if p.is_file() and "_build" not in p.parts and ".ipynb_checkpoints" not in p.parts]
+    hashes = [[str(p.name), hashlib.sha256(p.read_bytes()).hexdigest()] for p in files]
+    return digest([profile, hashes, _chapter_code()])
+
+
+def _chapter_code() -> dict[str, str]:
+    return code_hashes("cryobench.bench.chapters", "cryobench.bench.report", __name__)
+
+
+def _execute_chapters(profile: str, results: Path, say: Callable[[str], None]) -> dict[str, Path]:
+    """Executed chapters by name; a chapter whose inputs are unchanged is not run again."""
+    folder = project_root() / "notebooks"
+    done = {}
+    for name in ["start", *(n for _, names in PARTS for n in names)]:
+        notebook = folder / f"{name}.ipynb"
+        target = results / "chapters" / profile / f"{name}.ipynb"
+        given: dict[str, Any] = {"profile": profile, "results": str(results.resolve())}
+        given = {k: v for k, v in given.items() if k in parameters_of(notebook)}
+        records = [p.read_bytes() for p in sorted(results.glob(f"*/{profile}/*.json"))] if "results" in given else []
+        state = digest([notebook_hash(notebook), _chapter_code(), [hashlib.sha256(r).hexdigest() for r in records]])
+        stamp = target.with_suffix(".stamp")
+        if not (target.exists() and stamp.exists() and stamp.read_text() == state):
+            say(f"chapter {name} ...")
+            execute(notebook, target, given)
+            stamp.write_text(state)
+        done[name] = target
+    return done
+
+
+def _write_source(source: Path, chapters: dict[str, Path], runs: dict[str, list[Path]]) -> None:
+    root = project_root()
+    shutil.copytree(root / "book", source, ignore=shutil.ignore_patterns("_build"))
+    for name, path in chapters.items():
+        _place(path, root / "notebooks" / f"{name}.ipynb", source / f"{name}.ipynb")
+    order = [m for m in METHOD_ORDER if m in runs] + sorted(m for m in runs if m not in METHOD_ORDER)
+    methods, others = [], []
+    for method in order:
+        first, *rest = runs[method]
+        _place(first, notebook_of(method), source / "methods" / f"{method}.ipynb")
+        methods.append({"file": f"methods/{method}"})
+        for path in runs[method]:
+            table = path.parent.parent.name
+            _place(path, notebook_of(method), source / "runs" / table / path.name, title=f"{table}: {path.stem}")
+            others.append({"file": f"runs/{table}/{path.stem}"})
+    parts: list[dict[str, Any]] = [
+        {"caption": title, "chapters": [{"file": n} for n in names]} for title, names in PARTS
+    ]
+    parts.insert(1, {"caption": "Methods", "chapters": methods})
+    parts.append({"caption": "Records", "chapters": [{"file": "runs", "sections": others}]})
+    toc = {"format": "jb-book", "root": "start", "parts": parts}
+    (source / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False))
+
+
+def _place(executed: Path, current: Path, target: Path, title: str = "") -> None:
+    """Outputs of the run under the prose of today; title replaces the chapter's own on pages of single runs."""
+    book, source = (json.loads(p.read_text()) for p in (executed, current))
+    prose = [c for c in source["cells"] if c["cell_type"] == "markdown"]
+    cells = [c for c in book["cells"] if "injected-parameters" not in c["metadata"].get("tags", [])]
+    shown = [c for c in cells if c["cell_type"] == "markdown"]
+    if len(prose) == len(shown):
+        for cell, text in zip(shown, prose, strict=True):
+            cell["source"] = text["source"]
+    if title and cells and cells[0]["cell_type"] == "markdown":
+        lines = "".join(cells[0]["source"]).splitlines()
+        cells[0]["source"] = "\n".join([f"# {title}", *lines[1:]])
+    book["cells"] = cells
+    # the position of the executing process in papermill's notes is nobody's business
+    book["metadata"] = {k: v for k, v in book["metadata"].items() if k in ("kernelspec", "language_info")}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(book))
+
+
+def _sphinx(source: Path, output: Path) -> None:
+    command = [sys.executable, "-m", "jupyter_book", "build", "-W", "-n", "--keep-going"]
+    work = output / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    done = subprocess.run(
+        [*command, "--path-output", str(work), str(source)], capture_output=True, text=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
+    built = work / "_build" / "html"
+    log = output / "sphinx.log"
+    log.write_text(done.stdout + done.stderr)
+    if done.returncode or not (built / "index.html").exists():
+        lines = [x for x in log.read_text().splitlines() if "WARNING" in x or "ERROR" in x or "Error" in x]
+        raise CryobenchError(f"the book did not build: {lines[0] if lines else 'no reason given'} (see {log})")
+    shutil.rmtree(output / "html", ignore_errors=True)
+    built.rename(output / "html")
+    shutil.rmtree(work)
