@@ -149,8 +149,8 @@ def evaluate(args: Namespace) -> None:
     """Scores with 95 % intervals and the Fourier ring correlation with the clean images."""
     from cryobench.imaging.stacks import read_images
     from cryobench.metrics.bootstrap import summarise
-    from cryobench.metrics.conventions import CONVENTIONS, score
-    from cryobench.metrics.spectral import frc, frc_resolution
+    from cryobench.metrics.conventions import CONVENTIONS, score, unit_range
+    from cryobench.metrics.spectral import frc, resolution
 
     if args.convention not in CONVENTIONS:
         raise CryobenchError(f"no convention {args.convention!r}; there are: {', '.join(CONVENTIONS)}")
@@ -158,22 +158,30 @@ def evaluate(args: Namespace) -> None:
     stacks: dict[str, Tensor] = {"denoised": read_images(args.output, pixel_size)[0]}
     if args.noisy:
         stacks["noisy"] = read_images(args.noisy, pixel_size)[0]
-    noisy = stacks.get("noisy")
-    result: dict[str, Any] = {"convention": args.convention, "n": len(clean), "pixel_size": pixel_size}
     for name, stack in stacks.items():
         if stack.shape != clean.shape:
             raise CryobenchError(f"{name} images are {tuple(stack.shape)}, the clean ones {tuple(clean.shape)}")
+    if clean.min() < -0.01 or clean.max() > 1.01:
+        _say("the clean images are not in [0, 1]: all stacks are brought there by one gain and offset")
+        clean, *scaled = unit_range(clean, *stacks.values())
+        stacks = dict(zip(stacks, scaled, strict=True))
+    noisy = stacks.get("noisy")
+    result: dict[str, Any] = {"convention": args.convention, "n": len(clean), "pixel_size": pixel_size}
+    for name, stack in stacks.items():
         scores = {k: summarise(v) for k, v in score(args.convention, stack, clean, noisy).items()}
-        resolution = frc_resolution(frc(stack, clean), pixel_size, 0.5)
-        result[name] = {"metrics": scores, "frc_0.5_angstrom": resolution}
+        reached = resolution(frc(stack, clean), pixel_size, tuple(clean.shape[-2:]), 0.5)
+        result[name] = {"metrics": scores, "frc_0.5_angstrom": reached}
     if args.json:
         print(json.dumps(result, indent=1))
         return
     print(f"{len(clean)} images, convention {args.convention}, clean range {clean.min():.4g} .. {clean.max():.4g}")
     for name in stacks:
-        print(f"{name}: FRC 0.5 with the clean images at {result[name]['frc_0.5_angstrom'] or float('nan'):.2f} A")
+        reached = result[name]["frc_0.5_angstrom"]
+        print(f"{name}: FRC with the clean images falls below 0.5 " + (f"at {reached:.2f} A" if reached else "nowhere"))
         for metric, s in result[name]["metrics"].items():
-            print(f"  {metric:<10} {s['mean']:.5g}  [{s['ci95'][0]:.5g}, {s['ci95'][1]:.5g}]")
+            interval = "" if s["ci95"][0] is None else f"  [{s['ci95'][0]:.5g}, {s['ci95'][1]:.5g}]"
+            mean = "infinite" if s["mean"] is None else f"{s['mean']:.5g}"
+            print(f"  {metric:<10} {mean}{interval}")
 
 
 def run(args: Namespace) -> int:

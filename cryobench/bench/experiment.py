@@ -28,8 +28,9 @@ from cryobench.specimens.catalog import Structure, resolve
 #: what a legacy convention feeds to a method costs another pass: this many test images carry it
 LEGACY_IMAGES = 64
 NOISE_IMAGES = 32
-#: supervision of the methods that a convention may feed its own version of the noisy images
-CLASSICAL = ("none", "sigma")
+#: supervision of the methods that a convention may feed its own version of the noisy images; a network
+#: trained on clean images knows their scale, so that its output is scored on the convention's scale instead
+CLASSICAL = ("none", "sigma", "noisy")
 
 
 def pick_device(name: str = "auto") -> str:
@@ -159,13 +160,12 @@ class Experiment:
         found = {}
         for name in self.spec.conventions:
             prepare = CONVENTIONS[name].prepare
-            clean, noisy, out = test.clean, test.noisy, denoised
-            if prepare is not None and method.supervision in CLASSICAL:
-                part = slice(0, LEGACY_IMAGES)
-                clean = clean[part]
-                noisy, sigma = prepare(clean, noisy[part], test.sigma)
-                out = method.denoise(noisy, sigma)
-            found[name] = score(name, out, clean, noisy)
+            if prepare is not None and method.supervision in CLASSICAL and method.equivariant:
+                clean = test.clean[:LEGACY_IMAGES]
+                noisy, sigma = prepare(clean, test.noisy[:LEGACY_IMAGES], test.sigma)
+                found[name] = score(name, method.denoise(noisy, sigma), clean, noisy, prepared=True)
+            else:
+                found[name] = score(name, denoised, test.clean, test.noisy)
         return found
 
     def statistics(self, scores: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -1,0 +1,96 @@
+"""A method made ready for somebody's own images: weights from a file, or a fit on what is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cryobench.errors import CryobenchError
+from cryobench.imaging.particles import Simulation, Simulator, stream_seed
+from cryobench.imaging.stacks import clean_beside, read_images
+from cryobench.imaging.training_data import TrainingData
+from cryobench.methods.base import Budget, Denoiser
+from cryobench.methods.noise_level import estimate_sigma
+from cryobench.methods.registry import get_method
+from cryobench.specimens.catalog import resolve
+
+#: what a trained method learns from where the user gives nothing: size in px, number of images
+BUILT_IN_TRAINING = {"smoke": (32, 64), "quick": (64, 1000), "full": (128, 10_000)}
+
+
+def prepare_method(
+    name: str,
+    images: Tensor,
+    sigma: float,
+    pixel_size: float,
+    *,
+    profile: str,
+    train_on: Sequence[str] = (),
+    weights: str | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+) -> Denoiser:
+    """The method ``name`` ready to denoise ``images`` (n, h, w) of noise level sigma and pixel size in angstrom.
+
+    weights: file to load. train_on: stacks to learn from, each with its clean images beside it
+    (STACK_clean.mrcs) if the method's supervision asks for them. With neither, a method that needs noisy
+    images only learns from ``images``; one that needs clean images learns from simulated projections of the
+    built-in ``channel`` at the SNR of ``images``, which ``say`` announces.
+    Raises CryobenchError for unknown methods, and for stacks of different sizes or without clean images.
+    """
+    method_class = get_method(name)
+    if weights:
+        return method_class.load(weights, device)
+    method = method_class(method_class.config_for(profile), device, seed)
+    if method_class.fit is Denoiser.fit:
+        return method
+    if train_on:
+        train = _from_stacks(method_class.supervision, train_on, pixel_size)
+    elif method_class.supervision in ("none", "sigma", "noisy"):
+        train = TrainingData(method_class.supervision, images, None, sigma, pixel_size)
+    else:
+        train = _from_built_in(method_class.supervision, images, sigma, profile, device, seed, say)
+    method.fit(train, Budget(progress=True))
+    return method
+
+
+def _from_stacks(supervision: str, stacks: Sequence[str], pixel_size: float) -> TrainingData:
+    noisy = [read_images(path, pixel_size)[0] for path in stacks]
+    clean = None
+    if supervision in ("clean-pairs", "reference"):
+        clean = [read_images(clean_beside(Path(path)), pixel_size)[0] for path in stacks]
+        if [c.shape for c in clean] != [x.shape for x in noisy]:
+            raise CryobenchError("a stack to train on and its clean images differ in shape")
+    if len({x.shape[1:] for x in noisy}) > 1:
+        raise CryobenchError("the stacks to train on have images of different sizes")
+    images = torch.cat(noisy)
+    return TrainingData(supervision, images, torch.cat(clean) if clean else None, estimate_sigma(images), pixel_size)
+
+
+def _from_built_in(
+    supervision: str,
+    images: Tensor,
+    sigma: float,
+    profile: str,
+    device: str,
+    seed: int,
+    say: Callable[[str], None],
+) -> TrainingData:
+    size, n = BUILT_IN_TRAINING[profile]
+    if sigma <= 0:
+        raise CryobenchError("the noise level is zero: nothing to learn; give --train-on or --weights")
+    power = float(images.double().var()) - sigma**2
+    snr = min(max(power / sigma**2, 0.01), 10.0)
+    structure = resolve("channel")
+    pixel = structure.pixel_size(size)
+    volume, _ = structure.density(size, pixel)
+    simulator = Simulator(volume, Simulation(size, pixel, snr), device)
+    say(
+        f"no --train-on and no --weights: training on simulated projections of the built-in 'channel' "
+        f"({size} px, SNR {snr:.3g} as in these images); what it draws may be of that structure"
+    )
+    return TrainingData.simulated(supervision, simulator.simulate(n, stream_seed(seed, "built-in")), simulator)
