@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -70,56 +72,69 @@ class Entry:
         return tuple(fact for fact in self.facts if fact.status == "unconfirmed")
 
 
-_URL = {"type": "string", "pattern": r"^https?://\S+$"}
-_TEXT = {"type": "string", "minLength": 1}
+#: what a field has to be: a test and its words. (No jsonschema: importing it takes seconds where Jupyter is.)
+Rule = tuple[Callable[[Any], object], str]
 
 
-def _table(required: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:
-    """JSON schema of an object with exactly these keys."""
-    return {
-        "type": "object",
-        "properties": {**required, **(optional or {})},
-        "required": list(required),
-        "additionalProperties": False,
-    }
+def _matches(pattern: str, words: str) -> Rule:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value), words
 
 
-_FILE = _table(
-    {"url": _URL, "path": _TEXT},
-    {
-        "mirrors": {"type": "array", "items": _URL},
-        "size": {"type": ["integer", "null"], "minimum": 1},
-        "sha256": {"type": ["string", "null"], "pattern": "^[0-9a-f]{64}$"},
-        "of": {"enum": ["served", "unpacked"]},
-    },
-)
-_FACT = _table(
-    {
-        "fact": _TEXT,
-        "value": {"type": ["string", "number"]},
-        "source": _TEXT,
-        "status": {"enum": ["confirmed", "unconfirmed"]},
-    }
-)
-_ENTRY = _table(
-    {
-        "id": {"type": "string", "pattern": "^(EMD-[0-9]{4,5}|EMPIAR-[0-9]{5}|PDB-[0-9][0-9A-Z]{3})$"},
-        "kind": {"enum": ["map", "model", "particles", "micrographs", "movies"]},
-        "title": _TEXT,
-        "used_by": {"type": "array", "items": _TEXT},
-        "licence": _TEXT,
-        "files": {"type": "array", "items": _FILE},
-        "facts": {"type": "array", "items": _FACT},
-    },
-    {"directory": _URL},
-)
-_LICENCE = _table({"name": _TEXT, "confirmed": {"type": "boolean"}, "note": {"type": "string"}})
-_SCHEMA = _table(
-    {
-        "licences": {"type": "object", "additionalProperties": _LICENCE},
-        "entries": {"type": "array", "items": _ENTRY},
-    }
-)
+def _one_of(*values: str) -> Rule:
+    return lambda value: value in values, f"one of {', '.join(values)}"
+
+
+def _list_of(rule: Rule) -> Rule:
+    test, words = rule
+    return lambda value: isinstance(value, list) and all(test(item) for item in value), f"a list, each {words}"
+
+
+def _or_null(rule: Rule) -> Rule:
+    return lambda value: value is None or rule[0](value), f"{rule[1]} or null"
+
+
+_TEXT = _matches(r"(?s).+", "a text")
+_URL = _matches(r"https?://\S+", "an http(s) address")
+_TABLE: Rule = (lambda value: isinstance(value, dict), "a table")
+_TRUTH: Rule = (lambda value: isinstance(value, bool), "true or false")
+_VALUE: Rule = (lambda value: _TEXT[0](value) or type(value) in (int, float), "a number or a text")
+_BYTES: Rule = (lambda value: type(value) is int and value > 0, "a positive whole number of bytes")
+
+_TOP = {"licences": _TABLE, "entries": _list_of(_TABLE)}
+_LICENCE = {"name": _TEXT, "confirmed": _TRUTH, "note": _TEXT}
+_STATUS = _one_of("confirmed", "unconfirmed")
+_FACT = {"fact": _TEXT, "value": _VALUE, "source": _TEXT, "status": _STATUS}
+_FILE = {
+    "path": _TEXT,
+    "url": _URL,
+    "mirrors": _list_of(_URL),
+    "size": _or_null(_BYTES),
+    "sha256": _or_null(_matches("[0-9a-f]{64}", "64 lower-case hex digits (in quotes if all are 0-9)")),
+    "of": _one_of("served", "unpacked"),
+}
+_ENTRY = {
+    "id": _matches(r"EMD-\d{4,5}|EMPIAR-\d{5}|PDB-\d[0-9A-Z]{3}", "EMD-1234, EMPIAR-12345 or PDB-1ABC"),
+    "kind": _one_of("map", "model", "particles", "micrographs", "movies"),
+    "title": _TEXT,
+    "used_by": _list_of(_TEXT),
+    "licence": _TEXT,
+    "directory": _URL,
+    "files": _list_of(_TABLE),
+    "facts": _list_of(_TABLE),
+}
+
+
+def _check(raw: Any, rules: dict[str, Rule], where: str, optional: tuple[str, ...] = ()) -> None:
+    """Refuse unknown, missing and wrong fields with one line that names the field."""
+    if not isinstance(raw, dict):
+        raise CryobenchError(f"{where}: has to be a table with {', '.join(rules)}")
+    for key in [*raw, *rules]:
+        if key not in rules:
+            raise CryobenchError(f"{where}: unknown field {key!r}; the fields are {', '.join(rules)}")
+        if key in raw and not rules[key][0](raw[key]):
+            raise CryobenchError(f"{where}: {key} is {str(raw[key])[:60]!r}, but has to be {rules[key][1]}")
+        if key not in raw and key not in optional:
+            raise CryobenchError(f"{where}: {key} is missing; give {rules[key][1]}")
 
 
 def load_manifest(path: str | Path | None = None) -> dict[str, Entry]:
@@ -138,7 +153,6 @@ def load_manifest(path: str | Path | None = None) -> dict[str, Entry]:
 
 @lru_cache(maxsize=4)
 def _load(path: Path, modified: int) -> dict[str, Entry]:
-    import jsonschema
     import yaml
 
     try:
@@ -146,48 +160,46 @@ def _load(path: Path, modified: int) -> dict[str, Entry]:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CryobenchError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
-    errors = jsonschema.Draft202012Validator(_SCHEMA).iter_errors(document)
-    if problem := jsonschema.exceptions.best_match(errors):
-        raise CryobenchError(f"{path}: {_place(document, list(problem.absolute_path))}: {problem.message}")
-
-    licences = {name: Licence(**values) for name, values in document["licences"].items()}
+    _check(document, _TOP, str(path))
+    licences = {}
+    for name, raw in document["licences"].items():
+        _check(raw, _LICENCE, f"{path}: licences: {name}")
+        licences[name] = Licence(**raw)
     entries: dict[str, Entry] = {}
     owner: dict[str, str] = {}
     for raw in document["entries"]:
-        where = f"{path}: {raw['id']}"
+        where = f"{path}: {raw.get('id', 'entry without id')}"
+        _check(raw, _ENTRY, where, optional=("directory",))
         if raw["id"] in entries:
             raise CryobenchError(f"{where}: listed twice; keep one")
         if raw["licence"] not in licences:
             raise CryobenchError(f"{where}: licence {raw['licence']!r} is not among {', '.join(licences)}")
         if not raw["files"] and "directory" not in raw:
             raise CryobenchError(f"{where}: has neither files nor a directory; give one")
+        for fact in raw["facts"]:
+            _check(fact, _FACT, f"{where}: a fact")
         for file in raw["files"]:
-            target = PurePosixPath(file["path"])
-            if target.is_absolute() or ".." in target.parts or "\\" in file["path"]:
-                raise CryobenchError(f"{where}: path {file['path']!r} leaves the data folder")
-            if str(target) in owner:
-                raise CryobenchError(f"{where}: path {file['path']!r} also belongs to {owner[str(target)]}")
-            owner[str(target)] = raw["id"]
-        entries[raw["id"]] = Entry(
-            id=raw["id"],
-            kind=raw["kind"],
-            title=raw["title"],
-            used_by=tuple(raw["used_by"]),
-            files=tuple(RemoteFile(**{**f, "mirrors": tuple(f.get("mirrors", ()))}) for f in raw["files"]),
-            licence=licences[raw["licence"]],
-            facts=tuple(Fact(**f) for f in raw["facts"]),
-            directory=raw.get("directory"),
-        )
+            _check(file, _FILE, f"{where}: a file", optional=("mirrors", "size", "sha256", "of"))
+            _claim(file["path"], raw["id"], owner, where)
+        files = (RemoteFile(**{**file, "mirrors": tuple(file.get("mirrors", ()))}) for file in raw["files"])
+        changed = {
+            "used_by": tuple(raw["used_by"]),
+            "licence": licences[raw["licence"]],
+            "files": tuple(files),
+            "facts": tuple(Fact(**fact) for fact in raw["facts"]),
+        }
+        entries[raw["id"]] = Entry(**{**raw, **changed})
     return entries
 
 
-def _place(document: Any, keys: list[Any]) -> str:
-    """'EMD-8511: files.0.size' rather than 'entries.0.files.0.size'."""
-    if len(keys) > 1 and keys[0] == "entries":
-        raw = document["entries"][keys[1]]
-        name = raw.get("id", f"entry {keys[1] + 1}") if isinstance(raw, dict) else f"entry {keys[1] + 1}"
-        return ": ".join([str(name), ".".join(map(str, keys[2:]))]).removesuffix(": ")
-    return ".".join(map(str, keys)) or "top level"
+def _claim(path: str, entry: str, owner: dict[str, str], where: str) -> None:
+    """Each path stays inside the data folder and belongs to one file."""
+    target = PurePosixPath(path)
+    if target.is_absolute() or ".." in target.parts or "\\" in path or not target.name:
+        raise CryobenchError(f"{where}: path {path!r} leaves the data folder; make it relative")
+    if str(target) in owner:
+        raise CryobenchError(f"{where}: path {path!r} also belongs to {owner[str(target)]}")
+    owner[str(target)] = entry
 
 
 def find_entry(name: str, manifest: dict[str, Entry] | None = None) -> Entry:
