@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure as MatplotlibFigure
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from cryobench.bench.session import Run
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, np.ndarray]:
-    from matplotlib.figure import Figure
+class Figure(MatplotlibFigure):
+    """A figure that notebooks show without pyplot and its global state."""
 
+    def _repr_png_(self) -> bytes:
+        out = io.BytesIO()
+        self.savefig(out, format="png")
+        return out.getvalue()
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     return figure, np.atleast_2d(figure.subplots(rows, columns, squeeze=False))
 

@@ -16,6 +16,7 @@ from cryobench.bench.experiment import Cell, Experiment, data_hash
 from cryobench.bench.keys import digest, notebook_hash
 from cryobench.bench.plan import notebook_of, path_of
 from cryobench.methods.base import Budget, Denoiser
+from cryobench.metrics.conventions import score
 
 
 class Run:
@@ -101,6 +102,17 @@ class Run:
     def scores(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Mean, standard deviation, n and 95 % interval: convention -> metric."""
         return self.experiment.statistics(self.per_image)
+
+    def summary(self) -> str:
+        """Fair scores of the noisy and the denoised images in words, with 95 % intervals."""
+        before = self.experiment.statistics({"fair": score("fair", self.noisy, self.clean)})["fair"]
+        after = self.scores()["fair"]
+        lines = [f"{'':<10} {'noisy':>10} {'denoised':>10}   95 % interval"]
+        for metric in before:
+            low, high = after[metric]["ci95"]
+            interval = "" if low is None else f"{low:.4g} .. {high:.4g}"
+            lines.append(f"{metric:<10} {before[metric]['mean']:>10.4g} {after[metric]['mean']:>10.4g}   {interval}")
+        return "\n".join(lines)
 
     def record(self) -> dict[str, Any]:
         """The record of this run; written below ``results`` where one is named."""
