@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cryobench.errors import CryobenchError
 from cryobench.imaging.ctf import Optics, ctf_2d, random_defocus
-from cryobench.imaging.noise import add_noise
+from cryobench.imaging.noise import add_noise, vary_contrast
 from cryobench.imaging.projection import Projector
 from cryobench.imaging.rotations import random_rotations
 
@@ -26,8 +26,8 @@ class Simulation:
 
     size in pixels; pixel_size in angstrom; snr as defined above; noise one of "white", "coloured",
     "poisson"; defocus in angstrom (drawn uniformly, with astigmatism up to the value given); shift in
-    pixels (uniform in +-shift); contrast: standard deviation of the log of each particle's gain; bfactor
-    in angstrom^2.
+    pixels (uniform in +-shift); contrast: standard deviation of each particle's gain around 1; bfactor in
+    angstrom^2.
     """
 
     size: int
@@ -112,13 +112,12 @@ class Simulator:
         generator = torch.Generator().manual_seed(seed)
         rotations = random_rotations(n, generator)
         shifts = (torch.rand(n, 2, generator=generator) * 2 - 1) * sim.shift
-        gains = torch.exp(torch.randn(n, generator=generator) * sim.contrast)
         defocus = random_defocus(n, generator, *sim.defocus, sim.astigmatism) if sim.ctf else None
         images = self.projector.project(
             rotations.to(self.device), shifts.to(self.device) if sim.shift else None, self._filters(defocus)
         )
         if sim.contrast:
-            images = images * gains.to(self.device)[:, None, None]
+            images = vary_contrast(images, sim.contrast, generator)
         return images, rotations, shifts, defocus
 
     def _filters(self, defocus: Tensor | None) -> Tensor | None:
@@ -148,7 +147,7 @@ class Simulator:
     def noisy(self, clean: Tensor, seed: int, sigma: float | None = None) -> tuple[Tensor, float]:
         """Another exposure of clean images; sigma fixes the noise level instead of the stack's own SNR."""
         sim = self.simulation
-        generator = torch.Generator(device=clean.device).manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         snr = sim.snr if sigma is None else float(clean.double().var(correction=0)) / sigma**2
         noisy, sigma_used = add_noise(clean, snr, sim.noise, generator)
         return noisy, float(sigma_used)
