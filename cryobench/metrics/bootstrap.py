@@ -30,8 +30,7 @@ def summarise(values: Tensor | np.ndarray, seed: int = 0, resamples: int = 2000)
     rng = np.random.default_rng(seed)
     step = max(1, _CHUNK // v.size)
     means = [
-        v[rng.integers(0, v.size, (min(step, resamples - i), v.size))].mean(axis=1)
-        for i in range(0, resamples, step)
+        v[rng.integers(0, v.size, (min(step, resamples - i), v.size))].mean(axis=1) for i in range(0, resamples, step)
     ]
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return {
@@ -42,14 +41,10 @@ def summarise(values: Tensor | np.ndarray, seed: int = 0, resamples: int = 2000)
     }
 
 
-def paired(
-    a: Tensor | np.ndarray, b: Tensor | np.ndarray, seed: int = 0, resamples: int = 2000
-) -> dict[str, Any]:
+def paired(a: Tensor | np.ndarray, b: Tensor | np.ndarray, seed: int = 0, resamples: int = 2000) -> dict[str, Any]:
     """:func:`summarise` of a - b over the same images (n,). The difference counts where ci95 leaves out 0."""
     a, b = np.asarray(a, dtype=np.float64).ravel(), np.asarray(b, dtype=np.float64).ravel()
     if a.shape != b.shape:
-        raise CryobenchError(
-            f"paired values must belong to the same images: {a.size} and {b.size} were given"
-        )
+        raise CryobenchError(f"paired values must belong to the same images: {a.size} and {b.size} were given")
     with np.errstate(invalid="ignore"):
         return summarise(a - b, seed, resamples)

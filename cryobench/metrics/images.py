@@ -14,7 +14,7 @@ from torch import Tensor
 from cryobench.errors import CryobenchError
 
 #: images handled at once by SSIM, in pixels: its five filtered maps should stay small
-_CHUNK_PIXELS = 2**20
+_CHUNK_PIXELS = 2**18
 
 
 def mse(x: Tensor, ref: Tensor) -> Tensor:
@@ -68,9 +68,7 @@ def _ssim(x: Tensor, ref: Tensor, data_range: float, window: Tensor, unbiased: f
     _positive(data_range)
     height, width = x.shape[1:]
     if min(height, width) < len(window):
-        raise CryobenchError(
-            f"SSIM needs images of at least {len(window)} pixels a side, not {height}x{width}"
-        )
+        raise CryobenchError(f"SSIM needs images of at least {len(window)} pixels a side, not {height}x{width}")
     window = window.to(x.device)
     step = max(1, _CHUNK_PIXELS // (height * width))
     parts = [
@@ -89,9 +87,7 @@ def _ssim_map(x: Tensor, ref: Tensor, data_range: float, window: Tensor, unbiase
     var_ref = unbiased * (rr - mean_ref**2)
     cov = unbiased * (xr - mean_x * mean_ref)
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    return ((2 * mean_x * mean_ref + c1) * (2 * cov + c2)) / (
-        (mean_x**2 + mean_ref**2 + c1) * (var_x + var_ref + c2)
-    )
+    return ((2 * mean_x * mean_ref + c1) * (2 * cov + c2)) / ((mean_x**2 + mean_ref**2 + c1) * (var_x + var_ref + c2))
 
 
 def _band(window: Tensor, size: int) -> Tensor:

@@ -24,10 +24,10 @@ def ring_index(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     where the half transform stands for a conjugate pair, else 1.
     """
     *leading, last = shape
-    axes = [torch.fft.fftfreq(n, dtype=torch.float64) for n in leading]
-    axes.append(torch.fft.rfftfreq(last, dtype=torch.float64))
-    grids = torch.meshgrid(*axes, indexing="ij")
-    radius = torch.stack(grids).square().sum(0).sqrt() * min(shape)
+    squared = torch.fft.rfftfreq(last, dtype=torch.float64) ** 2
+    for n in reversed(leading):
+        squared = torch.fft.fftfreq(n, dtype=torch.float64).view(-1, *(1,) * squared.ndim) ** 2 + squared
+    radius = squared.sqrt() * min(shape)
     index = radius.round().long().clamp(max=min(shape) // 2 + 1)
     x = torch.arange(last // 2 + 1)
     single = (x == 0) | (2 * x == last)
@@ -49,9 +49,7 @@ def frc(x: Tensor, ref: Tensor) -> Tensor:
     Re sum X conj(Y) / sqrt(sum |X|^2 sum |Y|^2) per ring (Saxton & Baumeister 1982), 0 where a ring is empty.
     """
     if x.ndim != 3 or x.shape != ref.shape:
-        raise CryobenchError(
-            f"two stacks of one shape are needed, not {tuple(x.shape)} and {tuple(ref.shape)}"
-        )
+        raise CryobenchError(f"two stacks of one shape are needed, not {tuple(x.shape)} and {tuple(ref.shape)}")
     cross = power_x = power_y = 0
     for a, b in zip(x.split(256), ref.split(256), strict=True):
         fx, fy = torch.fft.rfft2(a.double()), torch.fft.rfft2(b.to(a.device).double())
@@ -84,9 +82,7 @@ def resolution(curve: Tensor, pixel_size: float, shape: tuple[int, ...], thresho
     """
     values = [float(v) for v in curve]
     if len(values) != min(shape) // 2 + 1:
-        raise CryobenchError(
-            f"a curve over {tuple(shape)} has {min(shape) // 2 + 1} rings, not {len(values)}"
-        )
+        raise CryobenchError(f"a curve over {tuple(shape)} has {min(shape) // 2 + 1} rings, not {len(values)}")
     if len(values) < 2 or not values[1] >= threshold:
         return None
     for k in range(2, len(values)):

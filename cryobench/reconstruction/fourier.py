@@ -1,0 +1,182 @@
+"""A volume from particle images with known poses, by direct Fourier insertion.
+
+The transform of an image is a central slice of the volume's (see :mod:`cryobench.imaging.projection`). Each
+of its samples is spread over the eight nearest cells of a padded 3D grid with trilinear weights; samples
+times CTF are divided by the sum of the weights times CTF^2, the least-squares solution cell by cell. The
+kernel multiplies the volume by a separable sinc^2, which is divided out at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cryobench.errors import CryobenchError
+from cryobench.imaging.projection import _checked_rotations, _shift_phases
+from cryobench.imaging.rotations import symmetry_matrices
+from cryobench.metrics.spectral import ring_index, ring_sums
+
+#: samples spread at once: a few working arrays of this length
+_CHUNK = 2**19
+
+
+class Backprojector:
+    """Collects images and turns them into a volume of ``size`` voxels a side, z, y, x, on the CPU.
+
+    padding: how much finer than the images' the 3D grid is. symmetry: point group as RELION names it; each
+    image is inserted in all its equivalent poses. Memory: about 6 padding^3 size^3 bytes.
+    Raises CryobenchError for padding below 1 and for unknown groups.
+    """
+
+    def __init__(self, size: int, symmetry: str = "C1", padding: float = 2, device: torch.device | str = "cpu") -> None:
+        if padding < 1:
+            raise CryobenchError(f"padding must be at least 1, not {padding}")
+        self.size, self.device = size, torch.device(device)
+        self._symmetry = symmetry_matrices(symmetry).to(self.device, torch.float32)
+        self._padded = m = 2 * round(padding * size / 2)
+        # only x >= 0 is kept, the rest being conjugate; y and z wrap around
+        self._shape = (m, m, m // 2 + 2)
+        cells = m * m * (m // 2 + 2)
+        self._sum = torch.zeros(cells, dtype=torch.complex64, device=self.device)
+        self._weight = torch.zeros(cells, device=self.device)
+        ky = torch.fft.fftfreq(size, 1 / size, device=self.device)[:, None].expand(size, size // 2 + 1)
+        kx = torch.arange(size // 2 + 1, dtype=torch.float32, device=self.device).expand_as(ky)
+        # strictly inside Nyquist, where a sample and its conjugate are told apart
+        self._inside = 4 * (kx**2 + ky**2) < size**2
+        self._points = torch.stack([kx[self._inside], ky[self._inside]]) * (m / size)
+        # the column kx = 0 holds both members of each conjugate pair
+        self._share = torch.where(self._points[0] == 0, 0.5, 1.0)
+
+    @torch.no_grad()
+    def insert(
+        self, images: Tensor, rotations: Tensor, shifts: Tensor | None = None, ctf: Tensor | None = None
+    ) -> None:
+        """Add images (n, d, d) seen through rotations (n, 3, 3), as ``Projector.project`` defines them.
+
+        shifts: (n, 2) pixels (x, y) by which the content was moved; ctf: (n or 1, d, d // 2 + 1) real, in the
+        layout of rfft2, by which the transforms were multiplied.
+        Raises CryobenchError for shapes that do not fit and for images that are not finite.
+        """
+        n, d = len(images), self.size
+        if images.shape[1:] != (d, d):
+            raise CryobenchError(f"images must be square, {d} pixels a side, not {tuple(images.shape[1:])}")
+        if len(rotations) != n or (shifts is not None and shifts.shape != (n, 2)):
+            raise CryobenchError(f"{n} images need {n} rotations and, if any, shifts of shape ({n}, 2)")
+        if ctf is not None and (ctf.shape[1:] != (d, d // 2 + 1) or len(ctf) not in (1, n)):
+            raise CryobenchError(f"the CTF must be ({n} or 1, {d}, {d // 2 + 1}), not {tuple(ctf.shape)}")
+        if not torch.isfinite(images).all():
+            raise CryobenchError("images hold NaN or infinite values: mend or remove those images first")
+        rotations = _checked_rotations(rotations)
+        step = max(1, _CHUNK // self._points.shape[1])
+        for start in range(0, n, step):
+            part = slice(start, start + step)
+            origin = torch.fft.ifftshift(images[part].to(self.device, torch.float32), dim=(-2, -1))
+            slices = torch.fft.rfft2(origin)
+            if shifts is not None:
+                slices *= _shift_phases(-shifts[part].to(self.device, torch.float32), d)
+            values = slices[:, self._inside] * self._share
+            weights = self._share.expand(values.shape)
+            if ctf is not None:
+                factors = (ctf if len(ctf) == 1 else ctf[part]).to(self.device, torch.float32)
+                factors = factors[:, self._inside]
+                values, weights = values * factors, weights * factors**2
+            for symmetry in self._symmetry:
+                self._spread(symmetry @ rotations[part].to(self.device, torch.float32), values, weights)
+
+    def _spread(self, rotations: Tensor, values: Tensor, weights: Tensor) -> None:
+        position = (rotations[:, :, :2] @ self._points).transpose(0, 1).reshape(3, -1)  # x, y, z
+        value, weight = values.reshape(-1), weights.reshape(-1)
+        opposite = position[0] < 0
+        position = torch.where(opposite, -position, position)
+        value = torch.where(opposite, value.conj(), value)
+        corner = position.floor()
+        fraction = position - corner
+        m, _, nx = self._shape
+        for near in range(8):
+            step = torch.tensor([near & 1, near >> 1 & 1, near >> 2], device=self.device)[:, None]
+            x, y, z = corner.long() + step
+            share = torch.where(step == 1, fraction, 1 - fraction).prod(0)
+            cell = (z % m * m + y % m) * nx + x
+            self._sum.index_add_(0, cell, value * share)
+            self._weight.index_add_(0, cell, weight * share)
+
+    def __add__(self, other: Backprojector) -> Backprojector:
+        """The collection of both: the whole map from two halves."""
+        if self._shape != other._shape:
+            raise CryobenchError("only collections of the same size and padding can be added")
+        both = Backprojector.__new__(Backprojector)
+        both.__dict__.update(self.__dict__, _sum=self._sum + other._sum, _weight=self._weight + other._weight)
+        return both
+
+    @torch.no_grad()
+    def volume(self, floor: float = 1e-3) -> Tensor:
+        """The volume (size, size, size), float32.
+
+        floor: cells with less than this part of their shell's mean weight are divided by that instead, so that
+        noise near a zero of the CTF is not blown up (as in RELION).
+        """
+        d, m = self.size, self._padded
+        total, weight = _complete(self._sum.view(self._shape)), _complete(self._weight.view(self._shape))
+        shells = ring_sums(weight, (m, m, m)) / ring_sums(torch.ones_like(weight), (m, m, m))
+        index, _ = ring_index((m, m, m))
+        least = torch.cat([floor * shells, torch.zeros(1)]).float()[index].view(weight.shape)
+        weight = torch.maximum(weight, least.to(self.device))
+        transform = torch.where(weight > 0, total / weight.where(weight > 0, 1.0), 0)
+        volume = torch.fft.fftshift(torch.fft.irfftn(transform, s=(m, m, m)))
+        first = m // 2 - d // 2
+        inner = slice(first, first + d)
+        axis = torch.arange(d, device=self.device) - d // 2
+        kernel = torch.sinc(axis / m) ** 2
+        return (volume[inner, inner, inner] / (kernel[:, None, None] * kernel[:, None] * kernel)).cpu()
+
+
+def _complete(grid: Tensor) -> Tensor:
+    """Half space x = 0 .. m / 2 with the conjugates of what fell on the plane x = 0."""
+    grid = grid[..., :-1].clone()
+    plane = grid[..., 0]
+    mirrored = plane.flip((0, 1)).roll((1, 1), (0, 1))
+    grid[..., 0] = plane + mirrored.conj()
+    return grid
+
+
+def reconstruct(
+    images: Tensor,
+    rotations: Tensor,
+    shifts: Tensor | None = None,
+    ctf: Tensor | None = None,
+    symmetry: str = "C1",
+    padding: float = 2,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Volume (d, d, d), z, y, x, from images (n, d, d); the arguments are those of :class:`Backprojector`."""
+    collected = Backprojector(images.shape[-1], symmetry, padding, device)
+    collected.insert(images, rotations, shifts, ctf)
+    return collected.volume()
+
+
+def reconstruct_halves(
+    images: Tensor,
+    rotations: Tensor,
+    shifts: Tensor | None = None,
+    ctf: Tensor | None = None,
+    symmetry: str = "C1",
+    subsets: Tensor | None = None,
+    padding: float = 2,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The map of all images, and of each half; subsets: (n,) of 1 and 2 (RELION's rlnRandomSubset).
+
+    Without subsets every second image goes to the second half. Raises CryobenchError for an empty half.
+    """
+    n = len(images)
+    subsets = torch.arange(n) % 2 + 1 if subsets is None else subsets
+    halves = []
+    for number in (1, 2):
+        chosen = (subsets == number).nonzero()[:, 0]
+        if len(subsets) != n or len(chosen) == 0:
+            raise CryobenchError(f"half maps need a subset, 1 or 2, for each of the {n} images, and both in use")
+        half = Backprojector(images.shape[-1], symmetry, padding, device)
+        own_ctf = ctf if ctf is None or len(ctf) == 1 else ctf[chosen]
+        half.insert(images[chosen], rotations[chosen], None if shifts is None else shifts[chosen], own_ctf)
+        halves.append(half)
+    return (halves[0] + halves[1]).volume(), halves[0].volume(), halves[1].volume()
