@@ -58,7 +58,7 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], threads: i
     check_parameters(notebook, parameters)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.stem}.{os.getpid()}.part.ipynb")
-    environment = dict(os.environ)
+    environment = {**os.environ, "CRYOBENCH_STATIC": "1"}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
