@@ -145,17 +145,21 @@ def _attempt(
             _sidecar(part).write_text(json.dumps(known))
         bar.reset(total=total)
         bar.update(have)
-        _receive(response, part, bar)
+        _receive(response, part, total, bar)
     got = _length(part)
     if total is not None and got < total:
-        raise _Interrupted(f"the connection was cut after {got} of {total} bytes")
+        raise _cut(got, total)
     if total is not None and got > total:
         discard(part)
         raise _Interrupted(f"the server sent {got} bytes where it promised {total}")
     return have > 0
 
 
-def _receive(response: requests.Response, part: Path, bar: Any) -> None:
+def _cut(got: int, total: int | None) -> _Interrupted:
+    return _Interrupted(f"the connection was cut after {got} of {total or 'unknown'} bytes")
+
+
+def _receive(response: requests.Response, part: Path, total: int | None, bar: Any) -> None:
     """Append the body as it comes (never decoded: the checksum is of the bytes as served)."""
     from urllib3.exceptions import HTTPError
 
@@ -165,7 +169,7 @@ def _receive(response: requests.Response, part: Path, bar: Any) -> None:
             try:
                 chunk = next(stream, None)
             except (HTTPError, OSError) as error:
-                raise _Interrupted(f"the connection was cut after {file.tell()} bytes") from error
+                raise _cut(file.tell(), total) from error
             if chunk is None:
                 return
             try:

@@ -114,9 +114,8 @@ def _from_network(
         for url in (file.url, *file.mirrors):
             for _ in range(2):  # a second time, from zero, if the pieces of a resumed file do not fit
                 try:
-                    with tqdm(
-                        desc=f"{entry} {target.name}", unit="B", unit_scale=True, disable=not progress, leave=False
-                    ) as bar:
+                    label = f"{entry} {target.name}"
+                    with tqdm(desc=label, unit="B", unit_scale=True, disable=not progress) as bar:
                         got = download(
                             url, part, size=size, checkable=checkable, bar=bar, session=session, sleep=sleep
                         )
