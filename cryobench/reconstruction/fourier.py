@@ -14,7 +14,7 @@ from torch import Tensor
 from cryobench.errors import CryobenchError
 from cryobench.imaging.projection import _checked_rotations, _shift_phases
 from cryobench.imaging.rotations import symmetry_matrices
-from cryobench.metrics.spectral import ring_index, ring_sums
+from cryobench.metrics.spectral import ring_index
 
 #: samples spread at once: a few working arrays of this length
 _CHUNK = 2**19
@@ -46,6 +46,8 @@ class Backprojector:
         self._points = torch.stack([kx[self._inside], ky[self._inside]]) * (m / size)
         # the column kx = 0 holds both members of each conjugate pair
         self._share = torch.where(self._points[0] == 0, 0.5, 1.0)
+        #: how many slices, equivalent poses included, went in
+        self._slices = 0
 
     @torch.no_grad()
     def insert(
@@ -80,6 +82,7 @@ class Backprojector:
                 factors = (ctf if len(ctf) == 1 else ctf[part]).to(self.device, torch.float32)
                 factors = factors[:, self._inside]
                 values, weights = values * factors, weights * factors**2
+            self._slices += len(slices) * len(self._symmetry)
             for symmetry in self._symmetry:
                 self._spread(symmetry @ rotations[part].to(self.device, torch.float32), values, weights)
 
@@ -105,21 +108,23 @@ class Backprojector:
         if self._shape != other._shape:
             raise CryobenchError("only collections of the same size and padding can be added")
         both = Backprojector.__new__(Backprojector)
-        both.__dict__.update(self.__dict__, _sum=self._sum + other._sum, _weight=self._weight + other._weight)
+        added = {name: getattr(self, name) + getattr(other, name) for name in ("_sum", "_weight", "_slices")}
+        both.__dict__.update(self.__dict__, **added)
         return both
 
     @torch.no_grad()
-    def volume(self, floor: float = 1e-3) -> Tensor:
+    def volume(self, floor: float = 1e-2) -> Tensor:
         """The volume (size, size, size), float32.
 
-        floor: cells with less than this part of their shell's mean weight are divided by that instead, so that
-        noise near a zero of the CTF is not blown up (as in RELION).
+        floor: a cell with less than this part of the mean weight that its shell would have without CTF is
+        divided by that instead, so that noise near a zero of the CTF is not blown up without bounds.
         """
         d, m = self.size, self._padded
         total, weight = _complete(self._sum.view(self._shape)), _complete(self._weight.view(self._shape))
-        shells = ring_sums(weight, (m, m, m)) / ring_sums(torch.ones_like(weight), (m, m, m))
-        index, _ = ring_index((m, m, m))
-        least = torch.cat([floor * shells, torch.zeros(1)]).float()[index].view(weight.shape)
+        radius = ring_index((m, m, m))[0].view(weight.shape)
+        # a slice has (d / m)^2 samples per cell of its plane: 2 pi r of them fall on a shell of 4 pi r^2 cells
+        least = floor * self._slices * (d / m) ** 2 / (2 * radius.clamp(min=1))
+        least[radius > m // 2] = 0
         weight = torch.maximum(weight, least.to(self.device))
         transform = torch.where(weight > 0, total / weight.where(weight > 0, 1.0), 0)
         volume = torch.fft.fftshift(torch.fft.irfftn(transform, s=(m, m, m)))
