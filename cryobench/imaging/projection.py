@@ -3,15 +3,19 @@
 ``image(x, y) = sum over z of V(R p)`` with p = (x, y, z) relative to the centre voxel (index size // 2), so
 the image's transform at (kx, ky) is the volume's at R (kx, ky, 0); see :mod:`cryobench.imaging.rotations`.
 
-The volume is padded, its transform sampled by trilinear interpolation, only at the frequencies of the image
-itself and only inside the Nyquist circle. Trilinear interpolation of the transform multiplies the volume by
-a separable sinc^2; the volume is divided by it beforehand. Frequencies above Nyquist are zero.
+The volume is padded, and its transform sampled only at the frequencies of the image itself, only inside the
+Nyquist circle (frequencies above are zero), from the 2 x 2 x 2 nearest grid points. Plain trilinear weights
+reproduce exp(2 pi i k x) exactly for density at x = 0 alone; what they miss elsewhere comes back as ghosts
+that fold into the image: 2.4 % of it at padding 2. The weights here are the trilinear ones times
+``1 + (2 pi u)^2 / 2 * f (1 - f)`` on each axis (f: the fractional position in the cell), exact to second
+order for density at u cycles per cell. With u set for the mean square coordinate of a ball that fills 60 % of
+the box, the ghosts are down to 0.9 % at the same cost. The volume is divided beforehand by the transform of
+this kernel, as it is by sinc^2 in the plain case.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cryobench.errors import CryobenchError
@@ -19,14 +23,17 @@ from cryobench.errors import CryobenchError
 #: samples of the transform handled at once: on a CPU the working set should stay in the cache, a GPU wants many
 CHUNK = {"cpu": 2**16, "cuda": 2**22}
 
+#: root mean square of each coordinate, in box sizes, of the density that is projected best
+TYPICAL_COORDINATE = 0.14
+
 
 class Projector:
     """Projects one volume in many directions.
 
     volume: (d, d, d) indexed z, y, x; computed in its own precision, float32 unless it is float64.
     padding: how much finer than the image's the grid of the 3D transform is, at least 1. With 2 the relative
-    error is below 1 % for a density that stays inside the sphere inscribed in the box; density outside that
-    sphere wraps around the image, as in RELION.
+    error is below 1 % for a particle that fills 60 % of the box, with 3 below 0.5 %. Density outside the
+    sphere inscribed in the box wraps around the image, as in RELION.
     device: where the table is kept and the images are made (default: the volume's).
 
     Memory: about 4 padding^3 d^3 bytes (float32) for the table, thrice that while it is built.
@@ -79,50 +86,64 @@ class Projector:
         points = self._points.to(self.dtype) * (m / d)
         position = (rotations[:, :, :2].transpose(0, 1).reshape(-1, 2) @ points).view(3, -1)  # x, y, z
         # only x >= 0 is stored: elsewhere take the conjugate of the opposite point
-        sign = torch.where(position[0] < 0, -1.0, 1.0).to(self.dtype)
+        sign = 1 - 2 * (position[0] < 0).to(self.dtype)
         position *= sign
         position[1:] += m // 2 + 1
         corner = position.floor()
-        fraction = (position - corner).to(self._table.dtype)
+        fraction = position.sub_(corner)
+        weight = (1 + _bend(m / d) * fraction * (1 - fraction)).prod(0)
         x, y, z = corner.to(torch.int32 if self._table.numel() < 2**31 else torch.int64)
         _, ny, nx = self._table.shape
         first = (z * ny + y) * nx + x
         steps = [(k * ny + j) * nx + i for k in (0, 1) for j in (0, 1) for i in (0, 1)]
         cells = first + torch.tensor(steps, dtype=first.dtype, device=self.device)[:, None]
-        # gathering one real number twice as wide is the fastest way to gather a complex one on a CPU
         value = _gather(self._table, cells)
-        value = torch.lerp(value[:4], value[4:], fraction[2])
-        value = torch.lerp(value[:2], value[2:], fraction[1])
-        value = torch.lerp(value[0], value[1], fraction[0])
-        value.imag.mul_(sign)
+        along_x, along_y, along_z = fraction.to(value.dtype)
+        value = torch.lerp(value[:4], value[4:], along_z)
+        value = torch.lerp(value[:2], value[2:], along_y)
+        value = torch.lerp(value[0], value[1], along_x)
+        value = torch.view_as_complex(torch.view_as_real(value).mul_(torch.stack([weight, weight * sign], 1)))
         slices = torch.zeros(n, d * (d // 2 + 1), dtype=value.dtype, device=self.device)
         slices[:, self._pixels] = value.view(n, -1)
         return slices.view(n, d, d // 2 + 1)
 
 
 def _gather(table: Tensor, cells: Tensor) -> Tensor:
+    """Elements of a complex table by flat index."""
     flat = table.view(-1)
-    if flat.dtype == torch.complex64:
-        wide = torch.view_as_real(flat).view(torch.float64).view(-1)
-        return wide.index_select(0, cells.view(-1)).view(torch.complex64).view(cells.shape)
-    return flat.index_select(0, cells.view(-1)).view(cells.shape)
+    if flat.dtype == torch.complex64:  # index_select is some times faster on a float64 of the same bytes
+        flat = torch.view_as_real(flat).view(torch.float64).view(-1)
+    return flat.index_select(0, cells.view(-1)).view(table.dtype).view(cells.shape)
+
+
+def _bend(padding: float) -> float:
+    """Strength c of the weight 1 + c f (1 - f) for a volume padded so many times; see the module's text."""
+    return (2 * torch.pi * TYPICAL_COORDINATE / padding) ** 2 / 2
+
+
+def _kernel_transform(u: Tensor, bend: float) -> Tensor:
+    """Transform of the interpolation kernel (1 - |t|)(1 + c |t| (1 - |t|)), |t| < 1, at u (m,) cycles per cell."""
+    t = torch.linspace(0, 1, 1001, dtype=torch.float64, device=u.device)
+    kernel = (1 - t) * (1 + bend * t * (1 - t))
+    return torch.trapezoid(2 * kernel * torch.cos(2 * torch.pi * u[:, None] * t), t, dim=1)
 
 
 def _padded_transform(volume: Tensor, padded: int) -> Tensor:
-    """Transform of the volume, divided by sinc^2 and zero-padded to ``padded``: half space x >= 0.
+    """Transform, half space x >= 0, of the zero-padded volume divided by the kernel's transform.
 
     Shape (padded + 3, padded + 3, padded // 2 + 2): z and y run from -padded/2 - 1 to padded/2 + 1, x from 0
     to padded/2 + 1, so that a sample at Nyquist that rounding has pushed outwards still finds its neighbours.
     """
     d = volume.shape[0]
-    axis = torch.arange(d, dtype=volume.dtype, device=volume.device) - d // 2
-    correction = 1 / torch.sinc(axis / padded) ** 2
-    volume = volume * correction[:, None, None] * correction[:, None] * correction
-    before = padded // 2 - d // 2
-    volume = F.pad(volume, (before, padded - d - before) * 3)
-    transform = torch.fft.rfftn(torch.fft.ifftshift(volume))
-    wrapped = torch.arange(-padded // 2 - 1, padded // 2 + 2, device=volume.device) % padded
-    return F.pad(transform[wrapped][:, wrapped], (0, 1))
+    offset = torch.arange(d, dtype=torch.float64, device=volume.device) - d // 2
+    k = torch.arange(-(padded // 2) - 1, padded // 2 + 2, dtype=torch.float64, device=volume.device)
+    kernel = _kernel_transform(offset / padded, _bend(padded / d))
+    # a matrix product per axis: most of the padding is zeros, so that this is no slower than an FFT
+    dft = torch.polar(1 / kernel.expand(len(k), d), -2 * torch.pi / padded * k[:, None] * offset)
+    dft = dft.to(torch.complex128 if volume.dtype == torch.float64 else torch.complex64)
+    volume = volume.to(dft.dtype) @ dft[padded // 2 + 1 :].T  # z, y, kx
+    volume = dft @ volume  # z, ky, kx
+    return (dft @ volume.flatten(1)).view(len(k), len(k), -1)
 
 
 def _half_plane(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
