@@ -63,6 +63,8 @@ def _run_cell(state: State, results: Path, device: str, threads: int) -> tuple[f
     started = time.perf_counter()
     parameters = {**dataclasses.asdict(cell), "device": device, "results": str(results.resolve())}
     del parameters["method"]  # the notebook is the method
+    for leftover in path.parent.glob(f"{path.stem}.*.part*"):
+        leftover.unlink()  # of a run that was killed
     try:
         execute(notebook_of(cell.method), path.with_suffix(".ipynb"), parameters, threads)
         if not path.exists() or state_of(cell, results, device).state != "done":
