@@ -7,6 +7,7 @@ import html
 import io
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +159,16 @@ def _text_of(value: Any, style: str) -> str:
 
 
 def table_text(
-    name: str, profile: str, results: Path, form: str = "text", convention: str | None = None, wide: bool = False
+    name: str,
+    profile: str,
+    results: Path,
+    form: str = "text",
+    convention: str | None = None,
+    wide: bool = False,
+    runs: str = "",
 ) -> str:
-    """The whole table as text, csv, html, latex or json. ``wide`` shows all columns in text."""
+    """The whole table as text, csv, html, latex or json. ``wide`` shows all columns; ``runs`` is the address of
+    the pages of the runs, which html then links each measured method to."""
     spec = load_table(name)
     table = table_rows(spec, profile, results, convention)
     found = load_records(spec, profile, results)
@@ -169,9 +177,9 @@ def table_text(
         return json.dumps({"table": name, "profile": profile, "headings": headings, "rows": table}, indent=1)
     if form == "csv":
         return _csv(table)
-    columns = [c for c in COLUMNS if c.narrow or wide or form == "html"]
+    columns = [c for c in COLUMNS if c.narrow or wide]
     columns = [c for c in columns if wide or any(r[c.key] is not None for rows in table.values() for r in rows)]
-    make = {"text": _text, "html": _html, "latex": _latex}[form]
+    make = {"text": _text, "html": partial(_html, runs=f"{runs}/{name}" if runs else ""), "latex": _latex}[form]
     parts = [make(headings[s], columns, table[s]) for s in table]
     legacy = convention or next((c for c in spec.conventions if c != "fair"), "fair")
     note = f"legacy = scored as {legacy}; MSE, PSNR, SSIM without it: fair. '-': not stated or not measured."
@@ -196,11 +204,16 @@ def _text(title: str, columns: list[Column], rows: list[dict[str, Any]]) -> str:
     return "\n".join([title, *(line.rstrip() for line in body)])
 
 
-def _html(title: str, columns: list[Column], rows: list[dict[str, Any]]) -> str:
+def _html(title: str, columns: list[Column], rows: list[dict[str, Any]], runs: str) -> str:
     head = "".join(f"<th>{html.escape(c.title)}</th>" for c in columns)
-    body = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(t)}</td>" for t in line) + "</tr>" for line in _cells(columns, rows)
-    )
+    lines = []
+    for row, cells in zip(rows, _cells(columns, rows), strict=True):
+        shown = [html.escape(text) for text in cells]
+        if runs and row["seeds"]:
+            page = f"{runs}/{row['specimen']}__{row['method']}__s{row['seeds'].split()[0]}.html"
+            shown[0] = f'<a href="{html.escape(page)}" title="the executed notebook">{shown[0]}</a>'
+        lines.append("<tr>" + "".join(f"<td>{text}</td>" for text in shown) + "</tr>")
+    body = "\n".join(lines)
     caption = f"<caption>{html.escape(title)}</caption>"
     return f'<table class="cryobench">{caption}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>'
 
