@@ -1,0 +1,84 @@
+"""DnCNN: the network of the paper, and what its method adds."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from blobs import BlobData
+
+from cryobench.errors import CryobenchError
+from cryobench.methods.base import Budget
+from cryobench.methods.dncnn import Config, Method, Network
+from cryobench.methods.nets.tiling import apply_tiled
+
+QUIET = Budget(progress=False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Method:
+    method = Method(Method.config_for("smoke"))
+    method.fit(BlobData(), QUIET)
+    return method
+
+
+def test_the_papers_network() -> None:
+    """Depth 17 and 64 channels make 0.556 M weights: 1->64 and 64->1 with bias, 15 times 64->64 with BN."""
+    net = Network(Config())
+    convolutions = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+    norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert (len(convolutions), len(norms)) == (17, 15)
+    weights = (9 * 64 + 64) + 15 * (9 * 64 * 64 + 2 * 64) + (9 * 64 + 1)
+    assert sum(w.numel() for w in net.parameters()) == weights == 556_097
+    assert {(n.eps, n.momentum) for n in norms} == {(1e-4, 0.95)}
+    inner = convolutions[3].weight.detach().flatten(1)
+    assert torch.allclose(inner @ inner.T, torch.eye(64), atol=1e-5)
+
+
+def test_residual() -> None:
+    """Without a last layer no noise is predicted and the image comes back; so does any shuffling of pixels."""
+    for shuffle in (1, 2, 4):
+        net = Network(Config(depth=4, width=8, shuffle=shuffle))
+        torch.nn.init.zeros_(net.layers[-1].weight)
+        x = torch.randn(2, 1, 12, 20)
+        assert torch.equal(net(x), x)
+
+
+def test_beats_the_noise_and_a_scaled_copy(fitted: Method) -> None:
+    data = BlobData()
+    clean, noisy = data._images(64, seed=77)
+    error = (fitted.denoise(noisy, data.sigma) - clean).square().mean()
+    shrink = float(((clean - clean.mean()) * (noisy - noisy.mean())).sum() / (noisy - noisy.mean()).square().sum())
+    best_scaled = (noisy.mean() + shrink * (noisy - noisy.mean()) - clean).square().mean()
+    assert error < 0.5 * best_scaled < 0.5 * data.sigma**2
+
+
+def test_tiles_leave_no_seam() -> None:
+    torch.manual_seed(0)
+    net = Network(Config(depth=5, width=8, shuffle=2)).eval()
+    images = torch.randn(2, 70, 93)
+    with torch.no_grad():
+        whole = apply_tiled(net, images, margin=10, multiple=2, tile=96)
+        tiled = apply_tiled(net, images, margin=10, multiple=2, tile=32)
+        seam = apply_tiled(net, images, margin=0, multiple=2, tile=32)
+    assert torch.allclose(whole, tiled, atol=1e-5)
+    assert not torch.allclose(whole, seam, atol=1e-2)
+
+
+def test_micrograph(fitted: Method) -> None:
+    image = torch.randn(1, 1000, 701)
+    assert fitted.denoise(image, 1.0).shape == image.shape
+
+
+def test_needs_training_and_fitting_sizes() -> None:
+    with pytest.raises(CryobenchError, match="not been trained"):
+        Method(Method.config_for("smoke")).denoise(torch.randn(1, 16, 16), 1.0)
+    with pytest.raises(CryobenchError, match="cannot be split"):
+        Method(Method.config_for("smoke")).fit(BlobData(size=33), QUIET)
