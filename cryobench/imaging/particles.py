@@ -112,7 +112,8 @@ class Simulator:
         generator = torch.Generator().manual_seed(seed)
         rotations = random_rotations(n, generator)
         shifts = (torch.rand(n, 2, generator=generator) * 2 - 1) * sim.shift
-        defocus = random_defocus(n, generator, *sim.defocus, sim.astigmatism) if sim.ctf else None
+        drawn = random_defocus(n, generator, *sim.defocus, sim.astigmatism) if sim.ctf else None
+        defocus = None if drawn is None else torch.stack(drawn, dim=1)
         images = self.projector.project(
             rotations.to(self.device), shifts.to(self.device) if sim.shift else None, self._filters(defocus)
         )
