@@ -1,6 +1,8 @@
 """Volumes from projections known in closed form, and the FSC against its definition in numpy."""
 
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +10,13 @@ import torch
 from torch import Tensor
 
 from cryobench.errors import CryobenchError
-from cryobench.imaging.rotations import random_rotations, symmetry_matrices
+from cryobench.imaging.ctf import Optics, ctf_2d, random_defocus
+from cryobench.imaging.rotations import matrix_to_euler, random_rotations, symmetry_matrices
+from cryobench.reconstruction.command import fsc_of_maps, reconstruct_star
 from cryobench.reconstruction.fourier import Backprojector, reconstruct, reconstruct_halves
 from cryobench.reconstruction.fsc import fsc, fsc_report
+from cryobench.specimens.mrc import write_mrc
+from cryobench.specimens.particle_star import ParticleTable, write_particles
 
 SIGMA = 1.0
 
@@ -192,7 +198,82 @@ def test_report_gives_the_resolution_of_a_low_pass() -> None:
     report = fsc_report(a, torch.fft.irfftn(mixed, s=(size,) * 3), pixel_size)
     # equal up to shell 9, independent from shell 10 on
     for threshold in ("0.143", "0.5"):
-        assert pixel_size * size / 10 < report[f"resolution_{threshold}"] < pixel_size * size / 9
-    assert report["resolution_0.5"] > report["resolution_0.143"]
+        assert pixel_size * size / 10 < report["resolution"][threshold] < pixel_size * size / 9
+    assert report["resolution"]["0.5"] > report["resolution"]["0.143"]
     assert report["frequency"][16] == pytest.approx(1 / (2 * pixel_size))
-    assert fsc_report(a, -a, pixel_size)["resolution_0.143"] is None
+    assert fsc_report(a, -a, pixel_size)["resolution"]["0.143"] is None
+
+
+@pytest.fixture(scope="module")
+def particles_on_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shifted particles with CTF of two microscopes in a STAR file, and the volume they show."""
+    folder, size, n, pixel = tmp_path_factory.mktemp("star"), 24, 240, 2.0
+    points, rotations = centres(size, seed=15), random_rotations(n, generator(15))
+    shifts = torch.rand(n, 2, generator=generator(16)) * 4 - 2
+    voltage = np.where(np.arange(n) < 100, 200.0, 300.0)
+    u, v, angle = random_defocus(n, generator(17))
+    ctf = torch.cat(
+        [
+            ctf_2d(u[part], v[part], angle[part], Optics(kv, 2.7, 0.1, pixel), size)
+            for kv, part in ((200.0, slice(0, 100)), (300.0, slice(100, n)))
+        ]
+    )
+    images = torch.fft.irfft2(torch.fft.rfft2(images_of(points, size, rotations, shifts)) * ctf, s=(size, size))
+    write_mrc(folder / "x.mrcs", images.numpy(), pixel)
+    table = ParticleTable(
+        ["x.mrcs"] * n,
+        np.arange(n),
+        np.full(n, pixel),
+        angles=matrix_to_euler(rotations.double()).numpy(),
+        shifts=-pixel * shifts.numpy(),
+        defocus=torch.stack([u, v, angle], 1).numpy(),
+        voltage=voltage,
+        cs=np.full(n, 2.7),
+        amplitude_contrast=np.full(n, 0.1),
+        image_size=np.full(n, size),
+    )
+    write_particles(folder / "x.star", table)
+    write_mrc(folder / "truth.mrc", volume_of(points, size).numpy(), pixel, stack=False)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "fourier",
+        pytest.param(
+            "relion",
+            marks=[
+                pytest.mark.peers,
+                pytest.mark.skipif(shutil.which("relion_reconstruct") is None, reason="RELION is not installed"),
+            ],
+        ),
+    ],
+)
+def test_from_a_star_file_to_maps(particles_on_disk: Path, engine: str) -> None:
+    output = particles_on_disk / f"{engine}.mrc"
+    paths = reconstruct_star(particles_on_disk / "x.star", output, engine)
+    assert [p.name for p in paths] == [f"{engine}.mrc", f"{engine}_half1.mrc", f"{engine}_half2.mrc"]
+    curve = fsc_of_maps(paths[0], particles_on_disk / "truth.mrc")["fsc"]
+    assert min(curve[1:9]) > 0.95
+    halves = fsc_of_maps(paths[1], paths[2])
+    assert 4 <= halves["resolution"]["0.143"] < 6
+    assert halves["resolution"]["0.143"] <= halves["resolution"]["0.5"]
+
+
+def test_commands_refuse_what_cannot_be_right(particles_on_disk: Path, tmp_path: Path) -> None:
+    poseless = tmp_path / "y.star"
+    one = (particles_on_disk / "x.mrcs").resolve()
+    write_particles(poseless, ParticleTable([str(one)], np.array([0]), np.array([2.0])))
+    write_mrc(tmp_path / "other.mrc", np.zeros((12, 12, 12), np.float32), 2.0, stack=False)
+    write_mrc(tmp_path / "scale.mrc", np.zeros((24, 24, 24), np.float32), 3.0, stack=False)
+    for call in (
+        lambda: reconstruct_star(poseless, tmp_path / "map.mrc"),
+        lambda: fsc_of_maps(particles_on_disk / "truth.mrc", tmp_path / "other.mrc"),
+        lambda: fsc_of_maps(particles_on_disk / "truth.mrc", tmp_path / "scale.mrc"),
+        lambda: fsc_of_maps(particles_on_disk / "truth.mrc", particles_on_disk / "truth.mrc", tmp_path / "other.mrc"),
+    ):
+        with pytest.raises(CryobenchError) as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "map.mrc").exists()

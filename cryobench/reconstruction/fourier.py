@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cryobench.errors import CryobenchError
 from cryobench.imaging.projection import _checked_rotations, _shift_phases
+from cryobench.imaging.rings import ring_index
 from cryobench.imaging.rotations import symmetry_matrices
-from cryobench.metrics.spectral import ring_index
 
 #: samples spread at once: a few working arrays of this length
 _CHUNK = 2**19

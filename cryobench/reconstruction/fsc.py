@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cryobench.errors import CryobenchError
-from cryobench.metrics.spectral import correlation, resolution, ring_frequencies, ring_sums
+from cryobench.imaging.rings import correlation, resolution, ring_frequencies, ring_sums
 
 
 def fsc(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -32,8 +32,8 @@ def fsc(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
 def fsc_report(a: Tensor, b: Tensor, pixel_size: float, mask: Tensor | None = None) -> dict[str, Any]:
     """The curve with its axis, and the resolutions, as plain data.
 
-    ``frequency`` in 1/angstrom, ``fsc``, ``resolution_0.143`` (two independent halves) and ``resolution_0.5``
-    (against the truth) in angstrom, at the first downward crossing; None where the curve starts below.
+    ``frequency`` in 1/angstrom; ``fsc``; ``resolution``, in angstrom, at the first fall below ``0.143`` (for two
+    independent halves) and ``0.5`` (against the truth): None where the curve starts below.
     Denoising both halves with one network makes errors that they share: then 0.143 promises too much.
     """
     curve = fsc(a, b, mask)
@@ -42,6 +42,5 @@ def fsc_report(a: Tensor, b: Tensor, pixel_size: float, mask: Tensor | None = No
         "pixel_size": pixel_size,
         "frequency": [float(f) / pixel_size for f in ring_frequencies(shape)],
         "fsc": [float(v) for v in curve],
-        "resolution_0.143": resolution(curve, pixel_size, shape, 0.143),
-        "resolution_0.5": resolution(curve, pixel_size, shape, 0.5),
+        "resolution": {text: resolution(curve, pixel_size, shape, float(text)) for text in ("0.143", "0.5")},
     }
