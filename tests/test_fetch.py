@@ -28,6 +28,8 @@ OTHER = gzip.compress(PLAIN[::-1], mtime=0)
 HALF = len(BODY) // 2
 SHA = hashlib.sha256(BODY).hexdigest()
 NAME = "EMD-1/emd_1.map.gz"
+#: a file that nothing but the protocol can protect: no checksum published, no gzip around it
+BARE = {"sha256": None, "path": "EMD-1/1abc.cif"}
 Reply = Callable[[BaseHTTPRequestHandler], None]
 
 
@@ -38,7 +40,11 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.replies: dict[str, list[Reply]] = {}
         self.asked: list[tuple[str, str | None]] = []
+        self.guards: list[str | None] = []  # the If-Range of each request
         self.sent = 0
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is part of the tests."""
 
     def url(self, path: str = "a") -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/{path}"
@@ -50,6 +56,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path[1:]
         self.server.asked.append((path, self.headers.get("Range")))
+        self.server.guards.append(self.headers.get("If-Range"))
         replies = self.server.replies[path]
         (replies.pop(0) if len(replies) > 1 else replies[0])(self)
 
@@ -67,12 +74,15 @@ def honest(
     shift: int = 0,
     ranges: bool = True,
     if_range: bool = True,
+    extra: bytes = b"",
+    silent: bool = False,
     gap: float = 0.0,
 ) -> Reply:
     """A server's answer by the book, except where an argument says otherwise.
 
     stop: bytes of the file after which the connection is cut. length: a lie about the file's length.
     shift: a lie about where the range starts. if_range=False: goes on without comparing validators.
+    extra: bytes sent after the promised range. silent: tells no length at all. Compresses on the way where the client allows it.
     """
 
     def reply(handler: BaseHTTPRequestHandler) -> None:
@@ -85,18 +95,20 @@ def honest(
         if wanted and start >= len(body):
             handler.send_response(416)
             handler.send_header("Content-Range", f"bytes */{len(body)}")
-            handler.end_headers()
-            return
+            return handler.end_headers()
+        if "gzip" in handler.headers.get("Accept-Encoding", ""):
+            return status(200, Content_Encoding="gzip")(handler)
         handler.send_response(206 if wanted else 200)
         if wanted:
-            handler.send_header("Content-Range", f"bytes {start + shift}-{total - 1}/{total}")
-        handler.send_header("Content-Length", str(total - start))
+            handler.send_header("Content-Range", f"bytes {start + shift}-{total - 1}/{'*' if silent else total}")
+        if not silent:
+            handler.send_header("Content-Length", str(total - start + len(extra)))
         if etag:
             handler.send_header("ETag", etag)
         if modified:
             handler.send_header("Last-Modified", modified)
         handler.end_headers()
-        payload = body[start:stop]
+        payload = body[start:stop] + extra
         handler.server.sent += len(payload)
         for first in range(0, len(payload), 50_000):
             handler.wfile.write(payload[first : first + 50_000])
@@ -209,6 +221,13 @@ def test_cut_connections_are_continued_where_they_stopped(server: Server, tmp_pa
     assert all(0.5 <= wait <= 1 for wait in waits)  # every try brought bytes: the waits do not grow
 
 
+def test_range_of_an_untold_total_is_measured_by_the_first_answer(
+    server: Server, tmp_path: Path, waits: list[float]
+) -> None:
+    server.replies["a"] = [honest(PLAIN, stop=HALF), honest(PLAIN, silent=True, stop=300_000), honest(PLAIN)]
+    assert get(tmp_path, entry(server, **BARE), waits).read_bytes() == PLAIN
+
+
 def test_continued_by_the_next_call(server: Server, tmp_path: Path, waits: list[float]) -> None:
     server.replies["a"] = [honest(stop=HALF), status(503)]
     refused(tmp_path, entry(server), waits, r"503.*given up after 5 retries")
@@ -222,15 +241,18 @@ def test_continued_by_the_next_call(server: Server, tmp_path: Path, waits: list[
 
 def test_last_modified_protects_a_range_too(server: Server, tmp_path: Path, waits: list[float]) -> None:
     old, new = formatdate(1e9, usegmt=True), formatdate(1.1e9, usegmt=True)
-    server.replies["a"] = [honest(etag='W/"x"', modified=old, stop=HALF), honest(OTHER, etag=None, modified=new)]
-    assert get(tmp_path, entry(server, sha256=None), waits).read_bytes() == OTHER
+    server.replies["a"] = [honest(PLAIN, etag='W/"x"', modified=old, stop=HALF), honest(OTHER, etag=None, modified=new)]
+    assert get(tmp_path, entry(server, **BARE), waits).read_bytes() == OTHER
+    assert server.guards == [None, old]  # a weak ETag is no guard
 
 
 @pytest.mark.parametrize("if_range", [True, False])
 def test_file_changed_between_attempts(server: Server, tmp_path: Path, waits: list[float], if_range: bool) -> None:
-    server.replies["a"] = [honest(stop=HALF), honest(OTHER, etag='"two"', if_range=if_range)]
-    assert get(tmp_path, entry(server, sha256=None), waits).read_bytes() == OTHER
-    assert read_lock(tmp_path)[NAME]["etag"] == '"two"'
+    new = honest(PLAIN[::-1], etag='"two"', if_range=if_range)
+    server.replies["a"] = [honest(PLAIN, stop=HALF), new]
+    assert get(tmp_path, entry(server, **BARE), waits).read_bytes() == PLAIN[::-1]
+    assert server.guards == [None, '"one"'] if if_range else [None, '"one"', None]
+    assert read_lock(tmp_path)[BARE["path"]]["etag"] == '"two"'
 
 
 def test_mixture_without_validators_is_caught_by_the_checksum(
@@ -262,8 +284,8 @@ def test_range_ignored_and_always_cut_gives_up(server: Server, tmp_path: Path, w
 
 @pytest.mark.parametrize("shift", [-1000, 1000])
 def test_wrong_content_range_starts_again(server: Server, tmp_path: Path, waits: list[float], shift: int) -> None:
-    server.replies["a"] = [honest(stop=HALF), honest(shift=shift)]
-    assert get(tmp_path, entry(server, sha256=None), waits).read_bytes() == BODY
+    server.replies["a"] = [honest(PLAIN, stop=HALF), honest(PLAIN, shift=shift)]
+    assert get(tmp_path, entry(server, **BARE), waits).read_bytes() == PLAIN
     assert [asked for _, asked in server.asked] == [None, f"bytes={HALF}-", None]
 
 
@@ -276,10 +298,26 @@ def test_complete_part_of_a_killed_process(server: Server, tmp_path: Path, waits
 
 
 def test_part_longer_than_the_file(server: Server, tmp_path: Path, waits: list[float]) -> None:
-    (tmp_path / "EMD-1").mkdir()
-    (tmp_path / f"{NAME}.part").write_bytes(BODY + b"more")
-    server.replies["a"] = [honest()]
-    assert get(tmp_path, entry(server), waits).read_bytes() == BODY
+    server.replies["a"] = [honest(PLAIN, stop=HALF), status(404)]
+    with pytest.raises(CryobenchError, match="404"):
+        get(tmp_path, entry(server, **BARE), waits)
+    (tmp_path / f"{BARE['path']}.part").write_bytes(PLAIN + b"more")
+    server.replies["a"] = [honest(PLAIN)]
+    assert get(tmp_path, entry(server, **BARE), waits).read_bytes() == PLAIN
+
+
+def test_more_bytes_than_promised(server: Server, tmp_path: Path, waits: list[float]) -> None:
+    server.replies["a"] = [honest(PLAIN, stop=HALF), honest(PLAIN, extra=b"more"), honest(PLAIN)]
+    assert get(tmp_path, entry(server, **BARE), waits).read_bytes() == PLAIN
+
+
+def test_compression_on_the_way_is_neither_wanted_nor_accepted(
+    server: Server, tmp_path: Path, waits: list[float]
+) -> None:
+    server.replies["a"] = [honest(PLAIN)]
+    assert get(tmp_path, entry(server, **BARE), waits).read_bytes() == PLAIN
+    server.replies["a"] = [status(200, Content_Encoding="gzip")]
+    refused(tmp_path / "2", entry(server, **BARE), waits, "Content-Encoding gzip")
 
 
 @pytest.mark.parametrize(
@@ -318,9 +356,9 @@ def test_mirror_continues_what_the_checksum_can_prove(server: Server, tmp_path: 
 
 
 def test_mirror_without_a_checksum_starts_from_zero(server: Server, tmp_path: Path, waits: list[float]) -> None:
-    server.replies.update(a=[honest(stop=HALF), status(404)], b=[honest(OTHER)])  # even with the same ETag
-    assert get(tmp_path, entry(server, "b", sha256=None), waits).read_bytes() == OTHER
-    assert server.asked[-1] == ("b", None)
+    server.replies.update(a=[honest(PLAIN, stop=HALF), status(404)], b=[honest(PLAIN[::-1])])  # the same ETag
+    assert get(tmp_path, entry(server, "b", **BARE), waits).read_bytes() == PLAIN[::-1]
+    assert server.asked[2:] == [("b", None)]
 
 
 def test_all_addresses_fail(server: Server, tmp_path: Path, waits: list[float]) -> None:
