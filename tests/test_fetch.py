@@ -82,7 +82,8 @@ def honest(
 
     stop: bytes of the file after which the connection is cut. length: a lie about the file's length.
     shift: a lie about where the range starts. if_range=False: goes on without comparing validators.
-    extra: bytes sent after the promised range. silent: tells no length at all. Compresses on the way where the client allows it.
+    extra: bytes sent after the promised range. silent: tells no length at all.
+    Compresses on the way where the client allows it.
     """
 
     def reply(handler: BaseHTTPRequestHandler) -> None:
