@@ -79,8 +79,11 @@ def download(
             most = max(most, _length(part))
             if failures > RETRIES:
                 raise Refused(f"{error} (given up after {RETRIES} retries)") from error
-            pause = min(60.0, 2.0 ** (failures - 1)) * random.uniform(0.5, 1.0)
-            sleep(pause if error.wait is None else error.wait)
+            backoff = min(60.0, 2.0 ** (failures - 1)) * random.uniform(0.5, 1.0)
+            pause = backoff if error.wait is None else error.wait
+            bar.set_postfix_str(f"{error}, again in {pause:.0f} s")
+            sleep(pause)
+            bar.set_postfix_str("")
 
 
 def discard(part: Path) -> None:
