@@ -57,85 +57,85 @@ PLANAR = {"D": 5, "N": 5, "E": 6, "Q": 6, "R": 8, "F": 5, "Y": 5}
 # Helix axes from start to end, and the point that pulls the loop to the next helix: x, y, z in A, one subunit.
 # fmt: off
 CHANNEL = [
-    (45.3, -10.4, -8.9, 47.2, 6, -8.8, 45.2, 10.7, -9.4),
-    (41, 14.7, -7.9, 39.4, 2.3, -24.7, 35, -6.1, -26.5),
-    (42.6, -3.8, -18.5, 30.5, -2.5, -5.3, 33.7, 2.6, 4.2),
-    (32.9, 4.3, 3.6, 28.9, 11.6, 41.7, 38.2, 11.6, 49.4),
-    (35.1, 5.6, 47.9, 41.7, 2.6, 8, 37.8, 2.8, 2.1),
-    (34, -3.8, 8.3, 33.2, -3.8, 42.7, 31.4, 1.7, 46.7),
-    (26.2, 2.6, 48.4, 24.8, -0.6, 6.5, 25.5, 5.6, 4.6),
-    (23.9, 10.1, 8.1, 18.3, 8.2, 46.6, 15.7, 9.8, 52.5),
-    (11.4, 15.6, 44.8, 7, 1, 38.5, 8.8, -3.6, 43.8),
-    (15.8, -1.7, 45.5, 16.6, 5.5, 1, 18.6, 10.1, 3.9),
-    (20.4, 16.3, 0.1, 45.1, 9.9, 1, 49.4, 1.6, 0.8),
-    (41.9, -0.5, -0.9, 30, 11.6, -10.4, 28.3, 9.9, -3.1),
-    (24.5, 2.1, -10.3, 31.6, 7.7, -24.1, 41.2, 9.2, -25.4),
-    (34.3, 17.4, -19.6, 13.7, 8.8, -16.9, 18.3, 22.9, -19.2),
-    (20.9, 10.8, -8.6, 7, 22.1, -6.9, -2.1, 28.6, 2.2),
-    (9.5, 30.1, 0.9, 24.8, 20.8, -12.6, 24.5, 21.9, -22.6),
-    (21.2, 23.9, -23, 21.8, 4.3, -30.3, 22.3, -3.4, -29.1),
-    (23.7, -8, -29.3, 39.6, -5.5, -33, 46.2, -1.4, -27.6),
-    (42.2, 5.6, -32.8, 30, 20, -28, 28.1, 13.4, -23.3),
-    (27.2, 15, -37.6, 31.4, 2, -31.4, 32.2, -1.2, -20),
-    (33.2, -4, -22.1, 12.9, 1.4, -23.1, 16.6, -5.2, -14.7),
-    (16.7, -9.1, -21.5, 5.1, -12.8, -32.6, 9.8, -14.6, -36.6),
-    (15.7, -13.1, -34.9, 26.3, -6.5, -47.9, 27.9, -1.6, -48.3),
-    (33.5, 0.2, -42.9, 15.7, -3.8, -32.5, 14.2, -5.7, -40.3),
-    (13.2, -4.6, -42.5, 19.4, 10.5, -39.7, 20.6, 12.6, -40.6),
-    (20.7, 20.8, -35.5, 11.7, 38.7, -22.3, 18, 36.8, -18.6),
-    (20.9, 37, -18.1, 35, 18.3, -47.4, 33.7, 14.9, -53.4),
-    (31.3, 10, -44.6, 12.9, -5.8, -52.5, 6.8, -5.6, -47),
-    (8.1, 2.7, -47.7, 2.1, 7.2, -29.7, 0, 0, 0),
+    (38.5, -7.2, -4.9, 46.6, 5.6, -11.4, 46.1, 10.8, -12.5),
+    (44, 16.1, -12, 36.6, 2, -25.7, 35.5, -3.8, -21.6),
+    (33.8, -1.2, -17.1, 32.6, 3.4, 0.2, 33.2, 8.8, 8.2),
+    (32.4, 10.1, 6.9, 32.7, 17, 45.3, 31, 12.4, 49.9),
+    (41.2, 8.8, 48.1, 40.3, 5.5, 7.8, 35.5, -2.3, 6.5),
+    (33, 0.7, 9.9, 33.4, -1.8, 44.3, 37.5, 4.2, 53.2),
+    (28.9, 9, 48.3, 21.6, 2.7, 7.4, 15.2, 4.4, 7.1),
+    (11.7, 6, 9.1, 19.7, 11.5, 46.9, 11, 13.3, 48.7),
+    (12.5, 17.3, 49.2, 6.6, 7.6, 37.2, 5.4, 4.7, 52.8),
+    (14.9, 2.7, 46.6, 6.7, -3.9, 2.8, 4.8, -3.3, -6.6),
+    (14.1, 2.8, -2.9, 35.8, 16, -1.4, 43.8, 19, -3.1),
+    (44.6, 8.3, -0.1, 31.4, 10.3, -14.3, 31, 9.2, -9.7),
+    (23.9, 2.4, -9.9, 28.2, 6.3, -25.4, 39.8, 8.6, -27.4),
+    (34.2, 15.4, -21.9, 12.1, 19.1, -19.6, 12.2, 7.9, -17.6),
+    (13, 10.9, -11.6, 6.5, 27.6, -10.1, 8.2, 37.2, -8.4),
+    (14.2, 32.5, -7.2, 22.7, 12.1, -11.8, 15, 3.1, -11.2),
+    (17.8, 9, -19.2, 17.6, -6.3, -33.6, 22.3, -11.3, -36.7),
+    (28, -11.2, -35.5, 41.7, -2.5, -32.4, 42.6, 4.1, -30.3),
+    (42.6, 8.8, -30.3, 24.2, 15.5, -30.4, 22.3, 14.9, -35.1),
+    (27.8, 14.8, -41.7, 33.8, 2.9, -34.8, 30.6, -2, -24.9),
+    (29.8, -4.5, -26.7, 13.9, -1.9, -13.2, 11, -2.3, -16.4),
+    (8.3, -6.9, -18.7, 15, -14.9, -31.4, 15.1, -20.2, -35),
+    (19.4, -12.7, -39.4, 25.1, -1.7, -52.5, 31.6, -1.8, -52.7),
+    (36.3, -3.9, -52.8, 25.4, -1.5, -35, 31, 7, -31.2),
+    (21.7, 6.8, -32.7, 17.8, 15.3, -46.2, 21.9, 24.5, -48.7),
+    (22.1, 21.1, -37.8, 11, 29.5, -18.2, 19.6, 29.9, -15.7),
+    (20.4, 29.7, -16.2, 39.7, 15.9, -45.3, 37, 10.8, -44.6),
+    (34.4, 8.6, -49.8, 13, -0.7, -39.6, 18, 4.6, -41),
+    (11, 8.6, -40, -0.8, 8, -24.4, 0, 0, 0),
 ]
 CHANNEL_SEQUENCE = (
-    "FDirysMqTNkycGvRfGCEfNvvyTGMScAAEVIISIEQNDNRCCGtSGGNAvDCNKDcSfsAAlGAlEcCysGeclMGyeSsySNNyTDKCQklSSKR"
-    "vcNkcQivLsSIscAlKDQISGyfslkSvGysGvIIGvAGqssTvSNmSADENsATIAfsGDGtAGvIssQQcsyDARvsCEQAqSSAfskGRRSQGNyN"
-    "lGlsEsAAGtEvANfyDTkTsyENGlIAvlMmyKDlGkGCSIyFmKeGKqlADDlSNRcKiAScAAIADQTcEGrATMFGlNsmcGcDccGvGlIDADfA"
-    "cCGqDkEGACsAAFDsNMDyRIDfckSmvGvQMQDkSfqKAfyvGSiiiGRyDAkCvDNSMSssLAsDfcclSmIsiCrVNRfKSfvmCvGCGmAsiAAS"
-    "DNcSeCACsKSGceSGDGTRGlGKsIAFTQsDRGNCSGGsKSkIQTEmDAREGsFRLSslqIEScAAfAGCcGLGSNKSvMRCmCcAGeyESNCTeTkTy"
-    "slGGRGLQKTIKSfyvNlvCryQKIeNfQIRRliENlNmDllDQkIeTKDsGLsrGIIvGDDCsqf"
+    "EFqYIGKlEclEGGLQNGsKqsyQvAGsDGRSAkKssCscKSvNsANFArDvAQKsRkMlNIlEEIATECSKvSGGKGLITIRllfQNNeymsETGfyNl"
+    "klCNGrlEsAMvRlGTSGylqvflcEflAfGRGcNESlNRsfCAMrGIqNQQKvlQNlcyDEKGtGGKAlDNlrflKyvAvfMlfSSvfGfGERFlGfsv"
+    "CvNAcskCKlLGsKQsNNlNylKEeevyEveTQQyGvsrlslSRRKKKyGRIGTAlDSkDfSKATEKGNRrkKDKIGlGSsiSGcSTKSACmCGARAlvl"
+    "MqEDlqIKTSyGcGcGFLAElAAmKclGGCVYIfKIDCvEIAITSsVAGISNGIANIIQRscESGQLllseqSNlKSqGERAIIvGDDIScSNGAAAYAs"
+    "SDAAICACSCAlRQesvqSCTSTDSASLvSIAGIvIIeGASAGFvNlmRCkDvGARRNGslNDTQDfSACGTfACCqSCAvAGmGlCAsNEcvlDevlDk"
+    "eDSSGCRAlEvSyEAevvIIRNfffAlryrqTGCSDYARQClDsTClvvyNSGGKEGIFNfGNQAAklS"
 )
 TRANSPORTER = [
-    (18.1, -2.4, -40.7, 29.5, -16.3, -33.1, 24.3, -19, -25.7),
-    (23.4, -18.9, -24.3, 20.6, -12.7, 0.3, 21.5, -9.3, 0.5),
-    (14.8, -9.8, 9, 21.2, -6.3, 47.3, 26.3, -10.2, 53.4),
-    (26.1, -14.9, 49.8, 24.3, -13.6, 12.3, 27.4, -15.7, 9.9),
-    (33.2, -17.1, 19.5, 35.7, -14.2, 38.6, 38.4, -10.6, 40.4),
-    (30.2, -6.2, 44.1, 32.3, -8.2, 8.2, 29.5, -10.6, 6.8),
-    (22.9, -5.4, 6, 25, 2.5, 45.7, 18.8, 2.7, 49.4),
-    (15.4, 1.8, 45, 14.6, -0.2, 10.6, 6.5, 6.2, 10),
-    (11.9, 9.1, 9.5, 20.8, 10.8, 45.8, 28.2, 10.3, 51.3),
-    (30.2, 10.9, 45, 21.6, 5.4, 7.4, 19.3, 1.5, -0.5),
-    (30.2, 1.3, 4.8, 34.4, 2.3, 42, 43.5, 7, 49.7),
-    (43.1, 3, 34.3, 39.8, -2.7, 14.3, 42.3, -6.8, 7.1),
-    (40.2, -13.5, 11.5, 40.8, -2.3, 47.2, 47.9, 9.2, 46.6),
-    (41.1, 9.8, 47.3, 30.2, 11.1, 6.8, 20.3, 16.2, 9.7),
-    (28.1, 19.7, 10.3, 35.7, 18.2, 45.5, 32, 27.5, 47.1),
-    (26, 19.4, 46.8, 19.4, 14.6, 8.6, 17.6, 7.5, 8.7),
-    (14.9, 6.7, 1.2, 3.9, -3, -15.8, 4.2, -4.5, -25.6),
-    (2.7, 3.8, -23.6, 13.6, 16.1, -0.4, 21.5, 11.7, 5.8),
-    (23.2, 12.1, 0.7, 31.7, -1.6, -10.3, 25.3, 2.2, -15.3),
-    (26.9, -5.6, -17.2, 36.5, -25.1, -6.9, 40, -23.6, -10.2),
-    (44.3, -20.7, -10.4, 37.2, -5.5, -17, 27.5, -6.5, -23.4),
-    (32.9, -13.5, -22.6, 12.1, -2.7, -32.5, 7.3, -7.3, -26.4),
-    (11.1, -1.2, -21.7, 14.7, 11, -32.2, 8.4, 7.5, -40.6),
-    (3.6, 11.4, -30.5, 22.1, 18.7, -6.1, 29.2, 18.8, -3.5),
-    (26.3, 10.6, -12.4, 33.9, -3.6, -26, 35.6, -11.7, -27.8),
-    (41.8, -11.2, -24.1, 46.6, 11.5, -30.3, 57.8, 10.4, -34.6),
-    (49.6, 2.9, -36.6, 37.7, 16, -44.8, 37.6, 22.2, -40),
-    (41.1, 17.9, -34.4, 15, 15.1, -40.7, 18.3, 5.9, -44.3),
-    (21.5, 6.5, -39.6, 22, 0.2, -22.8, 14.9, -11.4, -24.1),
-    (17.4, -10.2, -20.1, 18.5, 8.7, -8, 19.6, 5.1, -0.5),
-    (19.9, -1.2, -3.5, 40.2, -16.5, -2.9, 0, 0, 0),
+    (23.5, 3.1, -6.3, 39.4, -4.5, -14.6, 31.9, -7, -15.3),
+    (32.5, -11.3, -10, 14.5, -0.2, 4.2, 14.5, 2.9, 3.2),
+    (5.8, -2.3, 10.5, 11.8, -18.7, 45.4, 16.4, -17.4, 51.3),
+    (19.8, -17, 47.4, 18.8, -15.7, 10, 28.4, -12.9, 14.3),
+    (28.4, -14.5, 24.6, 28.3, -13.9, 44.1, 22.2, -8.1, 47),
+    (18.7, -6.7, 45.3, 28.3, -6.1, 10.6, 23.3, -0.8, 10.3),
+    (17.7, -7.9, 8.9, 11.9, 3.8, 47.3, 6.4, 3.7, 50.2),
+    (3.7, 2.5, 45.1, 6.8, 6.2, 10.9, 10.4, 11.3, 5.9),
+    (7.2, 15.6, 9.3, 8.1, 12.4, 46.7, 10.9, 13, 48.5),
+    (17.6, 9.8, 47.4, 15.7, 8, 8.5, 25.2, 6.9, 3),
+    (24.1, 5.4, 8.8, 27.1, 2.4, 46.1, 35.5, 0.5, 41.1),
+    (34.8, 0.4, 32, 33.8, -0.1, 11.1, 37.3, -4.6, 9.7),
+    (36.6, -13, 9.8, 37.7, -4.7, 46.4, 42.2, 5.6, 47),
+    (34.9, 7.4, 48.6, 30.5, 12.7, 7.2, 23.9, 16.4, 2.7),
+    (22, 15.1, 10.2, 26.9, 14.9, 45.8, 24.3, 25.9, 47.5),
+    (19.5, 19.4, 47.1, 13.3, 21.6, 8.7, 13.1, 15.7, 7.5),
+    (13.9, 18.3, -2.8, 15.8, 11.5, -24.1, 14.4, 11.1, -23.6),
+    (11.7, 3.3, -30.1, 32.3, -12.2, -42.1, 27.9, -2, -44.2),
+    (37.7, -3.1, -39.1, 39.5, -20.1, -29.8, 46.4, -19.2, -23.4),
+    (39.1, -10.4, -24.7, 19.9, -4.1, -11.6, 16.6, -9.7, -8.3),
+    (15.3, -10.1, -18.3, 22.1, 4.4, -26.5, 33.1, 3.7, -30.1),
+    (28.1, 2.8, -35.7, 7, 17, -33.9, 4.2, 13.5, -30.8),
+    (6, 11.7, -26, 10.5, -1.1, -16.7, 9.6, -3.6, -12.6),
+    (15.3, 5.8, -12.8, 43.3, -1.4, -25.4, 37.2, 4.4, -33.8),
+    (33.3, -3.8, -29.7, 14.8, -13.6, -27.2, 15.6, -18.5, -24.3),
+    (23.9, -20, -28.2, 11.7, -18.2, -7.7, 11.7, -13, -6.8),
+    (10.8, -9, -9.9, 14.2, 8.5, -2.1, 15.7, 8.6, -2.4),
+    (22.7, 12.3, -3.7, 26.2, 13.5, -30.5, 36.8, 13.6, -35.7),
+    (29.9, 12.3, -39.5, 13.2, 18, -43.1, 9, 12.8, -37.1),
+    (2.9, 21.9, -43.2, 19.4, 30.3, -30.4, 23, 24.3, -26.9),
+    (16.4, 19.5, -28.8, 35, 25.1, -45.3, 0, 0, 0),
 ]
 TRANSPORTER_SEQUENCE = (
-    "QFDlNITRRErylscsslrvfEIKfssEfRClrfAkSllVrQNAkIICNvcTIlslNAAkscyKsKFKKRkMSKKEskIATIMlAQSSGQSGKScKVATI"
-    "lCAfITfGssNtIAAIAAAssNAAGSGSssAQNcSGGVSAGASACccDcCSCAASlADGNTSvCcGStfDvNvCqEGvfRQSlGslkGcsAsELGSeAvq"
-    "IsNlISTISSKICAKDASyGQScRlAscGcsDSAACsAsSCvGSAKCSlsAtTDAvrvcCvCssKsSsCAsGSTSAsGASRGtIRsIvCSQvTAyIsGiF"
-    "FYGTEANEResecArNCSyNeTkSsERARQSTeMINNSDsMTSsQADDlSClcDqRGFAyFSMkMANvskvAvDKACKQTGNRKsEfSGrSCCflSSCNA"
-    "GRICEANCIGGSMseLGlfDAkfANETKRGMsrtGDNSeTIASIQCsIclDEGSSGtEyDDklyGINGqGilAADKSNQsfNIyCyElKGkLlYrNSQeC"
-    "RNACGAYQGeGAlDAEvGsfSQcEQGSCLelGeKsSNERAAElRScRMAeeSRQIDlfGNrGGmclQEESlfAslrkyDScKFifElerkyrvDlyDsDG"
-    "QKtrfcDDlQNNCKQKsGEDkGCIflrEkfyKEGyEDsVsiqvNTKEGATvSSGLLNGQQITNQsEASRDGGSqSDDDGlvDrTDqfQNye"
+    "FtirDAvEcslDGCGGKNSclADAyksDqqSvAccqAKlTvfDSGGCmKfqIlAIvKIKfSqlGEKqtRCTCRGSQRDslDlrEQvleAGKsMSAAsrlI"
+    "DyDSySDsyGKKDNKcmsICINDSsAASCEveDflASKcFesGIDqANqScSDNAfGIICArIASrGEIlEfAIClNNIKKAlNvNQGCDTCGRyGsAkC"
+    "GRKsTkvvrrNcQTSDNDSGGGKKGDNmQvATlNqcAIIssrTDesKAEsQQGRCCAAskISNsAcIeAIGGTvNGIGMSSfAcLTQAQqveTAINmMMD"
+    "SLSkKlIIEGERKlERAfRERGyQsAMKDlATQCAIMCNKvAelDcllvyfNslyGrSKAETACNAClDSIkASclSNIDsAMGICEFysrKClERAlKl"
+    "lqlvcykqAekQQCyMYFvIREEIcKfMkAccfFlekScKKASlKcyAADrSGAGYGQqANNSTqEGIGsrScfFAGkCICGAeDAvSsGSsKKGSrlsI"
+    "fAGAScisTRiGsDTIDsDCQscGGKcGGqKqemSDKEIqcGTGtqvCNGSlmNIKQAQIvlGrGKScTSsKEAEyQNISEGGqRkRGfKArTKvyyyQG"
+    "rGAcKfvKEvGENNRNScGmGGLcskvCAfIlvrcNEvcIRLTKNRAlElfEecGGYGlyvyNfGeDfSNRGERQVMGQDySMrlIeERfQl"
 )
 # fmt: on
 
@@ -147,7 +147,7 @@ Residue = tuple[list[str], np.ndarray]
 def channel() -> Atoms:
     """A C4 ion channel about the size of HCN1, axis along z through the origin, extracellular side up.
 
-    Four subunits of about 600 residues: a voltage sensor of four membrane helices, two pore helices and the
+    Four subunits of 569 residues: a voltage sensor of four membrane helices, two pore helices and the
     half helix of the selectivity filter; below them a cytoplasmic domain of short helices around a wide vestibule.
     See the module's docstring for what is realistic and what is not.
     """
@@ -157,7 +157,7 @@ def channel() -> Atoms:
 def transporter() -> Atoms:
     """A C2 transporter dimer about the size of prestin, axis along z through the origin, extracellular side up.
 
-    Two subunits of about 700 residues: 14 membrane helices, two of them half as long, over a cytoplasmic domain.
+    Two subunits of 692 residues: 14 membrane helices, two of them half as long, over a cytoplasmic domain.
     See the module's docstring for what is realistic and what is not.
     """
     return _particle(TRANSPORTER, TRANSPORTER_SEQUENCE, 2, "transporter")
