@@ -1,0 +1,86 @@
+"""The contrast transfer function of the microscope, with RELION's sign and units.
+
+``CTF(k) = sin(pi lambda dz k^2 - pi/2 Cs lambda^3 k^4 + asin(Q0)) * exp(-B k^2 / 4)``
+
+with the defocus dz = U cos^2(t - t0) + V sin^2(t - t0) at the direction t of k = (kx, ky), counted from x
+towards y; positive dz is underfocus. At low frequency it is +Q0: particles stay bright on dark. (Rohou &
+Grigorieff 2015, J. Struct. Biol. 192:216, equations 2-5, with the sign turned for bright particles.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cryobench.errors import CryobenchError
+
+
+@dataclass(frozen=True)
+class Optics:
+    """What all images of a data set share: kV, mm, a fraction (RELION's Q0), angstrom per pixel."""
+
+    voltage_kv: float = 300.0
+    cs_mm: float = 2.7
+    amplitude_contrast: float = 0.1
+    pixel_size: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.voltage_kv > 0 and self.cs_mm >= 0 and self.pixel_size > 0):
+            raise CryobenchError(f"impossible optics (voltage and pixel size above 0, Cs not negative): {self}")
+        if not 0 <= self.amplitude_contrast < 1:
+            raise CryobenchError(f"amplitude contrast must be in [0, 1), not {self.amplitude_contrast}")
+
+
+def ctf_2d(
+    defocus_u: Tensor, defocus_v: Tensor, angle: Tensor, optics: Optics, size: int, bfactor: float = 0.0
+) -> Tensor:
+    """CTF images (n, size, size // 2 + 1), float32, in the layout of ``torch.fft.rfft2``.
+
+    defocus_u, defocus_v: (n,) angstrom, the largest and smallest defocus; angle: (n,) degrees from the x axis
+    towards y to the direction of defocus_u; bfactor: square angstrom.
+    """
+    from torch_ctf import calculate_ctf_2d
+
+    if not defocus_u.shape == defocus_v.shape == angle.shape or defocus_u.ndim != 1:
+        raise CryobenchError("defocus_u, defocus_v and angle must be vectors of one length")
+    device = defocus_u.device
+    # torch-ctf takes micrometres, and has the same sign and angle
+    ctf = calculate_ctf_2d(
+        defocus=(defocus_u + defocus_v) / 2e4,
+        astigmatism=(defocus_u - defocus_v) / 2e4,
+        astigmatism_angle=angle,
+        voltage=optics.voltage_kv,
+        spherical_aberration=optics.cs_mm,
+        amplitude_contrast=optics.amplitude_contrast,
+        phase_shift=0.0,
+        pixel_size=optics.pixel_size,
+        image_shape=(size, size),
+        rfft=True,
+        fftshift=False,
+    )
+    if bfactor:
+        ky = torch.fft.fftfreq(size, optics.pixel_size, device=device)[:, None]
+        kx = torch.fft.rfftfreq(size, optics.pixel_size, device=device)[None, :]
+        ctf = ctf * torch.exp(-bfactor / 4 * (kx**2 + ky**2))
+    return ctf
+
+
+def random_defocus(
+    n: int,
+    generator: torch.Generator | None = None,
+    low: float = 10000.0,
+    high: float = 25000.0,
+    astigmatism: float = 200.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """defocus_u, defocus_v (angstrom) and angle (degrees) of n images, each (n,), float32, on the CPU.
+
+    The mean defocus is uniform in [low, high]; U - V is uniform in [0, 2 astigmatism]; the angle in [0, 180).
+    """
+    if not 0 <= low <= high:
+        raise CryobenchError(f"the defocus range must be 0 <= low <= high, not {low} to {high}")
+    mean, half, angle = torch.rand(3, n, generator=generator)
+    mean = low + (high - low) * mean
+    half = astigmatism * half
+    return mean + half, mean - half, 180 * angle
