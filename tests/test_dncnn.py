@@ -49,6 +49,8 @@ def test_residual() -> None:
         torch.nn.init.zeros_(net.layers[-1].weight)
         x = torch.randn(2, 1, 12, 20)
         assert torch.equal(net(x), x)
+        net.residual = False
+        assert torch.equal(net(x), torch.zeros_like(x))
 
 
 def test_beats_the_noise_and_a_scaled_copy(fitted: Method) -> None:
