@@ -67,7 +67,7 @@ def fetch(args: Namespace) -> int:
         raise CryobenchError(f"name an entry or give --all; there are: {', '.join(manifest)}")
     chosen = [find_entry(name, manifest) for name in args.entries]
     if args.all:
-        chosen += [e for e in manifest.values() if e.files and e not in chosen]
+        chosen += [e for e in manifest.values() if e.directory is None and e not in chosen]
     folder = Path(args.data_dir) if args.data_dir else data_dir()
     failed = 0
     for entry in chosen:
@@ -75,7 +75,7 @@ def fetch(args: Namespace) -> int:
             for path in fetch_entry(entry, folder):
                 print(path)
         except CryobenchError as error:
-            _say(f"cryobench: {entry.id}: {error}")
+            _say(f"cryobench: {error}")
             failed += 1
     return 1 if failed else 0
 

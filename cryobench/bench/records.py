@@ -8,12 +8,13 @@ import os
 import platform
 import subprocess
 import zlib
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import fastjsonschema
 import numpy as np
 
 from cryobench import __version__
@@ -67,13 +68,18 @@ SCHEMA: dict[str, Any] = {
 }
 
 
+@cache
+def _validator() -> Callable[[Any], Any]:
+    return fastjsonschema.compile(SCHEMA)  # type: ignore[no-any-return]
+
+
 def record_path(results: Path, table: str, profile: str, specimen: str, method: str, seed: int) -> Path:
     return results / table / profile / f"{specimen}__{method}__s{seed}.json"
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Validate and write atomically: a killed run leaves the old record or the new one, never half of it."""
-    jsonschema.validate(record, SCHEMA)
+    _validator()(record)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -87,8 +93,8 @@ def read_record(path: Path) -> dict[str, Any]:
     """Read and validate. Raises BadFileError for anything that is not a record."""
     try:
         record: dict[str, Any] = json.loads(path.read_text())
-        jsonschema.validate(record, SCHEMA)
-    except (OSError, ValueError, jsonschema.ValidationError) as error:
+        _validator()(record)
+    except (OSError, ValueError, fastjsonschema.JsonSchemaException) as error:
         raise BadFileError(f"{path}: not a record of this version ({str(error).splitlines()[0]}); delete it") from error
     return record
 

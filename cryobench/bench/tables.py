@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import fastjsonschema
 import yaml
 
 from cryobench.errors import CryobenchError
@@ -106,6 +108,11 @@ def table_names() -> list[str]:
     return sorted(p.stem for p in (project_root() / "tables").glob("*.yml"))
 
 
+@cache
+def _validator() -> Callable[[Any], Any]:
+    return fastjsonschema.compile(SCHEMA)  # type: ignore[no-any-return]
+
+
 def load_table(name: str) -> TableSpec:
     """Read tables/NAME.yml, or the YAML file of that path. Raises CryobenchError if missing or not valid."""
     path = Path(name) if name.endswith((".yml", ".yaml")) else project_root() / "tables" / f"{name}.yml"
@@ -113,10 +120,9 @@ def load_table(name: str) -> TableSpec:
         raise CryobenchError(f"no table {name!r}; there are: {', '.join(table_names())}")
     try:
         content = yaml.safe_load(path.read_text())
-        jsonschema.validate(content, SCHEMA)
+        _validator()(content)
     except yaml.YAMLError as error:
         raise CryobenchError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
-    except jsonschema.ValidationError as error:
-        where = "/".join(str(p) for p in error.absolute_path) or "top level"
-        raise CryobenchError(f"{path}: at {where}: {error.message.splitlines()[0]}") from error
+    except fastjsonschema.JsonSchemaException as error:
+        raise CryobenchError(f"{path}: {error.message.replace('data.', '', 1)}") from error
     return TableSpec(**content)
