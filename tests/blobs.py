@@ -10,9 +10,8 @@ class BlobData:
     pixel_size = 4.0
     supervision = "clean-pairs"
 
-    def __init__(self, size: int = 32, sigma: float = 0.3, fixed: int | None = None) -> None:
+    def __init__(self, size: int = 32, sigma: float = 0.3) -> None:
         self.size, self.sigma = size, sigma
-        self.fixed = fixed  # the same few images in each batch, with the same noise
         self.clean, self.noisy = self._images(16, 10**6)
 
     def _images(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -23,8 +22,6 @@ class BlobData:
         clean = torch.einsum("nky,nkx->nyx", profile[:, :, 0], profile[:, :, 1])
         return clean, clean + self.sigma * torch.randn(clean.shape, generator=generator)
 
-    def batch(
-        self, step: int, batch_size: int, seed: int, device: str | torch.device = "cpu"
-    ) -> tuple[Tensor, Tensor]:
-        clean, noisy = self._images(batch_size, 0 if self.fixed else seed * 100_003 + step)
+    def batch(self, step: int, batch_size: int, seed: int, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+        clean, noisy = self._images(batch_size, seed * 100_003 + step)
         return noisy.to(device), clean.to(device)

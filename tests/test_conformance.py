@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cryobench.errors import CryobenchError, SupervisionError
-from cryobench.imaging.particles import Simulation, Simulator
+from cryobench.imaging.particles import Particles, Simulation, Simulator
 from cryobench.imaging.training_data import LEVELS, TrainingData
 from cryobench.methods.base import Budget, Denoiser
 from cryobench.methods.registry import all_methods
@@ -45,8 +45,8 @@ def simulator() -> Simulator:
 
 
 @cache
-def particles(n: int = 64, seed: int = 0):  # noqa: ANN201
-    return simulator().simulate(n, seed)
+def particles() -> Particles:
+    return simulator().simulate(64, seed=0)
 
 
 def data(supervision: str) -> TrainingData:
@@ -87,7 +87,8 @@ def test_says_what_it_is(name: str) -> None:
     method = METHODS[name]
     assert method.name == name
     assert method.supervision in LEVELS
-    assert method.__doc__ and inspect.getmodule(method).__doc__
+    assert method.__doc__
+    assert inspect.getmodule(method).__doc__
     assert list(inspect.signature(method.denoise).parameters) == ["self", "images", "sigma"]
     for profile in ("smoke", "quick", "full"):
         method.config_for(profile)

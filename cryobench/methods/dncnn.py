@@ -88,14 +88,26 @@ class Method(Denoiser):
     supervision = "clean-pairs"
     trained = True
     Config = Config
-    profiles: ClassVar[dict[str, dict[str, Any]]] = {  # fmt: skip
+    profiles: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
-            "residual": False, "shuffle": 2, "depth": 4, "width": 16,
-            "steps": 120, "batch_size": 8, "learning_rate": 5e-3, "warmup": 5, "ema": 0.9,
+            "residual": False,
+            "shuffle": 2,
+            "depth": 4,
+            "width": 16,
+            "steps": 120,
+            "batch_size": 8,
+            "learning_rate": 5e-3,
+            "warmup": 5,
+            "ema": 0.9,
         },
         "quick": {
-            "residual": False, "shuffle": 2, "depth": 10,
-            "steps": 800, "batch_size": 8, "warmup": 50, "ema": 0.99,
+            "residual": False,
+            "shuffle": 2,
+            "depth": 10,
+            "steps": 800,
+            "batch_size": 8,
+            "warmup": 50,
+            "ema": 0.99,
         },
         "full": {"residual": False},
     }

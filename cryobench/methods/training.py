@@ -223,7 +223,9 @@ class _Fit:
                 return total + 0 * norm  # a gradient that is not finite makes the loss NaN, without waiting for the GPU
             except torch.OutOfMemoryError as error:
                 if self.at["pieces"] >= len(source):
-                    raise CryobenchError(f"{self.name}: not even one image fits into memory of {self.device}") from error
+                    raise CryobenchError(
+                        f"{self.name}: not even one image fits into memory of {self.device}"
+                    ) from error
                 self.at["pieces"] = min(2 * self.at["pieces"], len(source))
                 print(
                     f"{self.name}: out of memory on {self.device}: a batch of {len(source)} images is now computed "
