@@ -92,19 +92,22 @@ def test_spectrum_falls_with_its_exponent() -> None:
     assert torch.allclose(ice_spectrum(8, 9, exponent=0), torch.ones(8, 5).double())
 
 
-def test_poisson_noise_counts() -> None:
-    """Noise / gain + expected count is a whole number, and its variance grows in step with the signal."""
-    clean = torch.tensor([0.0, 1.0, 2.0, 4.0]).repeat(4, 80, 25)  # (4, 80, 100), any pattern of four levels
+@pytest.mark.parametrize(("dose", "counted"), [(2.0, 2.0), (0.01, 0.05 * 1.75**2 / 2.1875)])
+def test_poisson_noise_counts(dose: float, counted: float) -> None:
+    """The counts are whole numbers with mean = variance; too low a dose is raised until none is negative."""
+    clean = torch.tensor([0.0, 1.0, 2.0, 4.0]).repeat(40, 80, 25)  # mean 1.75, variance 2.1875
     snr = 0.05
-    noise = poisson_noise(clean, snr, seeded(2)).double()
-    gain = (float(clean.mean()) - float(clean.min())) * snr / float(clean.double().var(correction=0))
-    counts = (noise + clean) * gain  # the darkest level counts no electron
+    noise = poisson_noise(clean, snr, seeded(2), dose).double()
+    gain = math.sqrt(counted * snr / 2.1875)
+    expected = counted + gain * (clean.double() - 1.75)
+    counts = noise * gain + expected
     torch.testing.assert_close(counts, counts.round(), atol=1e-4, rtol=0)
-    assert torch.equal(noise[clean == 0], torch.zeros(8000).double())
-    for level in (1.0, 2.0, 4.0):
-        there = counts[clean == level]
-        assert float(there.mean()) == pytest.approx(gain * level, rel=0.06)
-        assert float(there.var()) == pytest.approx(gain * level, rel=0.1)  # mean = variance
+    assert counts.min() > -1e-4
+    for level in (0.0, 1.0, 2.0, 4.0):
+        there, mean = counts[clean == level], float(expected[clean == level][0])
+        scatter = 4 / math.sqrt(len(there))  # four standard errors of a mean and of a variance
+        assert float(there.mean()) == pytest.approx(mean, abs=scatter * math.sqrt(mean) + 1e-6)
+        assert float(there.var()) == pytest.approx(mean, abs=scatter * math.sqrt(mean + 2 * mean**2) + 1e-6)
 
 
 def test_contrast_varies_per_image() -> None:

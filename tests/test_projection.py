@@ -49,7 +49,7 @@ def poses(n: int = 12) -> Tensor:
     return random_rotations(n, torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("size", [32, 48, 49, 64])
+@pytest.mark.parametrize("size", [41, 48, 49, 64])
 def test_projections_of_gaussians_are_exact_to_one_percent(size: int) -> None:
     blobs = Blobs(size)
     shifts = torch.randn(12, 2, generator=torch.Generator().manual_seed(3)) * 2
@@ -60,11 +60,20 @@ def test_projections_of_gaussians_are_exact_to_one_percent(size: int) -> None:
     assert relative(images, expected) < 0.008
 
 
-def test_unrotated_projection_is_the_sum_along_z() -> None:
-    volume = Blobs(33).volume()
-    image = Projector(volume).project(torch.eye(3)[None])[0]
+@pytest.mark.parametrize("angles", [(0, 0, 0), (0, 90, 0), (90, 90, 0), (0, 45, 0)])
+@pytest.mark.parametrize("size", [48, 49])
+def test_views_along_the_grid(size: int, angles: tuple[int, int, int]) -> None:
+    """The ghosts of all axes fall on the same place here: the worst poses."""
+    blobs = Blobs(size)
+    rotation = euler_to_matrix(torch.tensor([angles], dtype=torch.float32))
+    image = Projector(blobs.volume()).project(rotation)
     assert image.dtype == torch.float64
-    assert relative(image, volume.sum(0)) < 0.005
+    assert relative(image, blobs.images(rotation)) < 0.01
+
+
+def test_unrotated_projection_is_the_sum_along_z() -> None:
+    volume = Blobs(49).volume()
+    assert relative(Projector(volume).project(torch.eye(3)[None])[0], volume.sum(0)) < 0.01
 
 
 def test_against_rotation_in_real_space() -> None:
@@ -78,10 +87,9 @@ def test_against_rotation_in_real_space() -> None:
     assert relative(image, torch.from_numpy(turned).sum(0)) < 0.01
 
 
-@pytest.mark.parametrize("size", [48, 49])
-def test_against_torch_fourier_slice(size: int) -> None:
+def test_against_torch_fourier_slice() -> None:
     library = pytest.importorskip("torch_fourier_slice")
-    volume = Blobs(size).volume().float()
+    volume = Blobs(48).volume().float()  # the library is 22 % off the closed form at 49: even sizes only
     assert relative(Projector(volume).project(poses()), library.project_3d_to_2d(volume, poses())) < 0.015
 
 
@@ -120,16 +128,13 @@ def test_chunks_and_precision_do_not_show(monkeypatch: pytest.MonkeyPatch) -> No
     assert relative(whole, double) < 1e-5
 
 
-def test_symmetry_of_the_volume_shows() -> None:
-    """Turning the volume by S from the left of R: a C4 volume looks the same."""
-    blobs = Blobs(48)
-    volume = sum((blobs.volume().roll(-1, 0).rot90(k, (1, 2)).roll(0, 0) for k in range(1)), torch.zeros(48, 48, 48))
-    odd = torch.zeros(49, 49, 49)
-    odd[1:, 1:, 1:] = volume
-    odd = odd + odd.rot90(1, (1, 2)) + odd.rot90(2, (1, 2)) + odd.rot90(3, (1, 2))
+def test_turning_the_volume_is_turning_the_pose_from_the_left() -> None:
+    volume = Blobs(49).volume()
+    turned = volume.rot90(1, (1, 2))  # turned[z, y, x] = volume[z, x, -y]: V'(p) = V(S p), S a quarter turn
     quarter = euler_to_matrix(torch.tensor([[90.0, 0.0, 0.0]]))
-    projector = Projector(odd)
-    torch.testing.assert_close(projector.project(quarter @ poses()), projector.project(poses()), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        Projector(turned).project(poses()), Projector(volume).project(quarter @ poses()), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_none_and_one_and_empty() -> None:

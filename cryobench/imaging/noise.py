@@ -73,21 +73,22 @@ def coloured_noise(
     return torch.fft.irfft2(transform * spectrum.sqrt().to(transform.device, torch.float32), s=shape[-2:])
 
 
-def poisson_noise(clean: Tensor, snr: float, generator: torch.Generator | None = None) -> Tensor:
+def poisson_noise(clean: Tensor, snr: float, generator: torch.Generator | None = None, dose: float = 20.0) -> Tensor:
     """What counting electrons adds to images (n, h, w): zero on average, stronger where more arrive.
 
     Model: the expected count in a pixel is ``N = dose + gain * (clean - mean(clean))``, the detector counts
     Poisson(N), and the image is the count brought back to the units of clean, so the noise is
-    (count - N) / gain of variance N / gain^2. ``dose = gain^2 var(clean) / snr`` makes the SNR exact in
-    expectation. gain is the largest for which no expected count is negative (the darkest pixel counts no
-    electron), so that the noise depends on the signal as strongly as counting allows.
-    Real doses are higher and their noise is nearer to white Gaussian.
+    (count - N) / gain, of variance N / gain^2. ``gain = sqrt(dose * snr / var(clean))`` makes the SNR exact
+    in expectation. dose: electrons per pixel, raised where the darkest pixel would count fewer than none.
+    The lower the dose, the more the noise follows the signal; at high doses it is white and Gaussian.
     """
-    sigma2 = noise_sigma(clean, snr) ** 2
+    variance = noise_sigma(clean, 1.0) ** 2
+    sigma = noise_sigma(clean, snr)
     centred = clean.cpu().double()
     centred = centred - centred.mean()
-    gain = -float(centred.min()) / sigma2  # dose = gain^2 sigma2 = -gain * min(centred)
-    expected = (gain * (centred - centred.min())).clamp(min=0)
+    dose = max(dose, snr * float(centred.min()) ** 2 / variance)
+    gain = math.sqrt(dose) / sigma
+    expected = (dose + gain * centred).clamp(min=0)
     counts = torch.poisson(expected, generator=generator)
     return ((counts - expected) / gain).to(clean.device, torch.float32)
 
@@ -103,7 +104,7 @@ def add_noise(
     if kind == "white":
         noise = sigma * white_noise(tuple(clean.shape), generator).to(clean.device)
     elif kind == "coloured":
-        noise = sigma * coloured_noise(tuple(clean.shape), generator=generator).to(clean.device)
+        noise = sigma * coloured_noise((len(clean), *clean.shape[1:]), generator=generator).to(clean.device)
     elif kind == "poisson":
         noise = poisson_noise(clean, snr, generator)
     else:
