@@ -262,11 +262,11 @@ def test_average_of_weights() -> None:
     config = replace(CONFIG, steps=30, ema=0.0, channels_last=False)
     last = Counter()
     train(last, batch, slope, config, Budget(progress=False), 0, CPU)
-    steps, mean = [*path[1:30], float(last.weight)], 0.0
+    steps, mean = [*path[1:30], float(last.weight.detach())], 0.0
     for k, value in enumerate(steps):
         decay = min(0.8, (1 + k) / (10 + k))
         mean = decay * mean + (1 - decay) * value
-    assert float(net.weight) == pytest.approx(mean, rel=1e-5)
+    assert float(net.weight.detach()) == pytest.approx(mean, rel=1e-5)
 
 
 def test_precision() -> None:
