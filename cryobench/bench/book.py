@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from cryobench.bench.keys import code_hashes, digest, notebook_hash
+from cryobench.bench.keys import code_hashes, digest, notebook_code, notebook_hash
 from cryobench.bench.notebooks import execute, parameters_of
 from cryobench.bench.plan import notebook_of
 from cryobench.bench.records import read_record
@@ -85,24 +85,26 @@ def _inputs(profile: str, runs: dict[str, list[Path]]) -> str:
     files += [p for folder in ("book", "notebooks", "tables") for p in sorted((root / folder).rglob("*"))
               if p.is_file() and "_build" not in p.parts and ".ipynb_checkpoints" not in p.parts]
     hashes = [[str(p.name), hashlib.sha256(p.read_bytes()).hexdigest()] for p in files]
-    return digest([profile, hashes, _chapter_code()])
+    code = [notebook_code(root / "notebooks" / f"{name}.ipynb") for name in _chapters()]
+    return digest([profile, hashes, code, code_hashes(__name__)])
 
 
-def _chapter_code() -> dict[str, str]:
-    return code_hashes("cryobench.bench.chapters", "cryobench.bench.report", __name__)
+def _chapters() -> list[str]:
+    return ["start", *(name for _, names in PARTS for name in names)]
 
 
 def _execute_chapters(profile: str, results: Path, say: Callable[[str], None]) -> dict[str, Path]:
     """Executed chapters by name; a chapter whose inputs are unchanged is not run again."""
     folder = project_root() / "notebooks"
     done = {}
-    for name in ["start", *(n for _, names in PARTS for n in names)]:
+    for name in _chapters():
         notebook = folder / f"{name}.ipynb"
         target = results / "chapters" / profile / f"{name}.ipynb"
         given: dict[str, Any] = {"profile": profile, "results": str(results.resolve())}
         given = {k: v for k, v in given.items() if k in parameters_of(notebook)}
         records = [p.read_bytes() for p in sorted(results.glob(f"*/{profile}/*.json"))] if "results" in given else []
-        state = digest([notebook_hash(notebook), _chapter_code(), [hashlib.sha256(r).hexdigest() for r in records]])
+        read = [hashlib.sha256(r).hexdigest() for r in records]
+        state = digest([notebook_hash(notebook), notebook_code(notebook), read])
         stamp = target.with_suffix(".stamp")
         if not (target.exists() and stamp.exists() and stamp.read_text() == state):
             say(f"chapter {name} ...")
@@ -156,7 +158,8 @@ def _place(executed: Path, current: Path, target: Path, title: str = "") -> None
 
 
 def _sphinx(source: Path, output: Path) -> None:
-    command = [sys.executable, "-m", "jupyter_book", "build", "-W", "-n", "--keep-going"]
+    start = "from jupyter_book.cli.main import main; main()"  # it has no __main__ module
+    command = [sys.executable, "-c", start, "build", "-W", "-n", "--keep-going"]
     work = output / "work"
     shutil.rmtree(work, ignore_errors=True)
     done = subprocess.run(

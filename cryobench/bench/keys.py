@@ -53,6 +53,13 @@ def notebook_hash(path: Path) -> str:
     return digest(["".join(c["source"]) for c in cells if c["cell_type"] == "code"])
 
 
+def notebook_code(path: Path) -> dict[str, str]:
+    """Hashes of the package's modules that a notebook can reach by import."""
+    cells = json.loads(path.read_text())["cells"]
+    source = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    return code_hashes(*sorted(m for m in _imports(ast.parse(source)) if m.startswith("cryobench")))
+
+
 @cache
 def _file(name: str) -> Path | None:
     try:
