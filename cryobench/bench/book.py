@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -172,6 +173,21 @@ def _sphinx(source: Path, output: Path) -> None:
     if done.returncode or not (built / "index.html").exists():
         lines = [x for x in log.read_text().splitlines() if "WARNING" in x or "ERROR" in x or "Error" in x]
         raise CryobenchError(f"the book did not build: {lines[0] if lines else 'no reason given'} (see {log})")
+    for page in built.rglob("*.html"):
+        page.write_text(_without_extra_scripts(page.read_text()))
     shutil.rmtree(output / "html", ignore_errors=True)
     built.rename(output / "html")
     shutil.rmtree(work)
+
+
+def _without_extra_scripts(page: str) -> str:
+    """Jupyter Book adds the loader of Thebe (live code over the network, unused here) and adds MathJax twice."""
+    page = re.sub(r"<script>const THEBE_JS_URL.*?</script>|<(script|link)[^>]*sphinx-thebe[^>]*>(</script>)?", "", page)
+    seen: set[str] = set()
+
+    def once(tag: re.Match[str]) -> str:
+        kept = "" if tag[1] in seen else tag[0]
+        seen.add(tag[1])
+        return kept
+
+    return re.sub(r'<script[^>]*src="([^"]*)"[^>]*></script>', once, page)
