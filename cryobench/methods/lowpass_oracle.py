@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from cryobench.errors import CryobenchError
-
 from cryobench.methods.base import Budget, Denoiser
 from cryobench.methods.linear import dct2, idct2, radius
 
