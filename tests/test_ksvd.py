@@ -1,5 +1,6 @@
 """K-SVD: the pursuit against a plain one in numpy, a planted dictionary, and what learning brings at SNR 0.1."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -127,10 +128,10 @@ def test_it_beats_the_mean_filter_and_a_fixed_dictionary_at_snr_0_1():
         method.fit(train, BUDGET)
         return float((method.denoise(noisy[:30], sigma) - clean[:30]).square().mean())
 
-    base = {"training_patches": 20_000}
-    learnt = loss(ksvd.Method(ksvd.Config(**base)))
-    fixed = loss(ksvd.Method(ksvd.Config(**base, iterations=0)))
-    paper = ksvd.Method(ksvd.Config(8, 256, 1.15, 0.0, iterations=2, blend=0.5, **base))
+    base = {"training_patches": 15_000}
+    learnt = loss(ksvd.Method(ksvd.Config(**base, iterations=6)))
+    fixed = loss(ksvd.Method(ksvd.Config(iterations=0)))
+    paper = ksvd.Method(dataclasses.replace(ksvd.PAPER, iterations=1, **base))
     assert learnt < 0.9 * fixed
     assert learnt < 0.75 * loss(mean.Method())
     assert learnt < 0.9 * loss(paper)

@@ -57,9 +57,10 @@ class Method(Denoiser):
         """Filter images (n, h, w) about their common mean. Raises CryobenchError when not fitted."""
         if "power" not in self.state:
             raise CryobenchError("lowpass-oracle knows the true spectrum only after training: give clean images to fit")
+        h, w = images.shape[1:]
         power = self.state["power"]
         grid = torch.arange(len(power), device=images.device) * STEP
-        power = interpolate(radius(*images.shape[1:], device=images.device), grid, power)
+        power = interpolate(radius(h, w, images.device), grid, power)
         gains = power / (power + max(sigma or 0.0, 1e-12) ** 2)
         mean = images.mean()
         return idct2(dct2(images - mean) * gains) + mean
