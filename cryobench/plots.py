@@ -73,7 +73,9 @@ def curves(
     return figure
 
 
-def bars(values: Mapping[str, float], ylabel: str, intervals: Mapping[str, tuple[float, float]] | None = None) -> Figure:
+def bars(
+    values: Mapping[str, float], ylabel: str, intervals: Mapping[str, tuple[float, float]] | None = None
+) -> Figure:
     """One bar a name, with its interval where one is known."""
     figure, axes = _figure(max(4.0, 0.9 * len(values) + 1.5), 3.2)
     axis = axes[0, 0]

@@ -124,7 +124,14 @@ def test_parameters_are_checked_before_launch(tmp_path):
 
 
 def test_a_failing_cell_is_reported_with_its_last_line(tmp_path):
-    source = {"cell_type": "code", "id": "a", "metadata": {}, "source": ["1 / 0"], "outputs": [], "execution_count": None}
+    source = {
+        "cell_type": "code",
+        "id": "a",
+        "metadata": {},
+        "source": ["1 / 0"],
+        "outputs": [],
+        "execution_count": None,
+    }
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     notebook = tmp_path / "bad.ipynb"
     notebook.write_text(json.dumps({"cells": [source], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
@@ -215,7 +222,10 @@ def test_killed_runs_give_the_records_of_an_undisturbed_one(tmp_path):
     def run(name: str, seconds: float | None) -> None:
         environment = {**os.environ, "CRYOBENCH_CACHE": str(tmp_path / f"cache-{name}")}
         process = subprocess.Popen(
-            [*command, "--results", str(tmp_path / name)], env=environment, stderr=subprocess.DEVNULL, start_new_session=True
+            [*command, "--results", str(tmp_path / name)],
+            env=environment,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         try:
             assert process.wait(seconds) == 0
@@ -231,7 +241,9 @@ def test_killed_runs_give_the_records_of_an_undisturbed_one(tmp_path):
     run("undisturbed", None)
     for method in methods:
         a, b = (
-            records.result_of(records.read_record(path_of(Cell("zhang2024", "channel", method, "smoke"), tmp_path / name)))
+            records.result_of(
+                records.read_record(path_of(Cell("zhang2024", "channel", method, "smoke"), tmp_path / name))
+            )
             for name in ("killed", "undisturbed")
         )
         assert a == b, method

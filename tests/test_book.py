@@ -92,5 +92,7 @@ def test_pages_work_in_a_browser(book):
             assert browser.evaluate(count.format("table.cryobench")) >= tables, page
             assert browser.evaluate(count.format(".cell_output img")) >= figures, page
             assert browser.evaluate(count.format("mjx-container")) >= formulas, page
-            height = browser.evaluate("Math.min(...[...document.querySelectorAll('.cell_output img')].map(i => i.height), 999)")
+            height = browser.evaluate(
+                "Math.min(...[...document.querySelectorAll('.cell_output img')].map(i => i.height), 999)"
+            )
             assert height > 50, page

@@ -137,7 +137,9 @@ def test_wrong_usage_is_exit_code_2(capsys):
 
 
 def test_python_m_is_the_same_and_importing_is_quick_and_clean(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "cryobench", "--version"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "cryobench", "--version"], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0
     assert done.stdout.startswith("cryobench ")
     code = (

@@ -65,7 +65,7 @@ def test_dct_is_that_of_scipy():
 
 
 def test_bilateral_is_the_textbook_sum():
-    """In plain numpy; scikit-image 0.26 is no reference: its table of spatial weights has 8x8 entries for a 7x7 window."""
+    """In plain numpy; scikit-image 0.26 is no reference: it makes a table of 8x8 spatial weights for a 7x7 window."""
     image = blobs(1, 23, 16) + noise(torch.zeros(1, 23, 16), 0.5)
     out = bilateral.Method(bilateral.Config(width=1.5, value_width=2.0)).denoise(image, 0.5)[0]
     pixels = image[0].double().numpy()

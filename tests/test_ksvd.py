@@ -134,7 +134,7 @@ def test_it_beats_the_mean_filter_and_a_fixed_dictionary_at_snr_0_1():
     paper = ksvd.Method(dataclasses.replace(ksvd.PAPER, iterations=1, **base))
     assert learnt < 0.9 * fixed
     assert learnt < 0.75 * loss(mean.Method())
-    assert learnt < 0.9 * loss(paper)
+    assert learnt < 0.95 * loss(paper)
     assert paper.info["atoms_per_patch"] < 0.3  # the trap: little but the mean of each patch is left
 
 

@@ -15,9 +15,7 @@ from cryobench.errors import BadFileError, CryobenchError
 from cryobench.specimens.mrc import load, read_header, read_mrc, write_mrc
 
 
-def _bytes(
-    data: np.ndarray, mode: int, pixel: float = 1.5, order: str = "<", stamp: bool = True
-) -> bytearray:
+def _bytes(data: np.ndarray, mode: int, pixel: float = 1.5, order: str = "<", stamp: bool = True) -> bytearray:
     """An MRC file made with struct alone, after the format's own table."""
     nz, ny, nx = data.shape
     header = bytearray(1024)
@@ -108,9 +106,7 @@ def test_pixel_size_is_asked_for_and_never_guessed(tmp_path: Path, images: np.nd
         read_mrc(_save(path, raw))
 
 
-def test_the_default_of_one_angstrom_is_remarked_on_unless_it_is_ours(
-    tmp_path: Path, images: np.ndarray
-) -> None:
+def test_the_default_of_one_angstrom_is_remarked_on_unless_it_is_ours(tmp_path: Path, images: np.ndarray) -> None:
     with pytest.warns(UserWarning, match="exactly 1.0"):
         read_mrc(_save(tmp_path / "x.mrc", _bytes(images, 2, 1.0)))
     write_mrc(tmp_path / "y.mrc", images, 1.0)

@@ -83,8 +83,12 @@ def _inputs(profile: str, runs: dict[str, list[Path]]) -> str:
     """Digest of all that the site shows."""
     root = project_root()
     files = [p for paths in runs.values() for p in paths] + [p.with_suffix(".json") for ps in runs.values() for p in ps]
-    files += [p for folder in ("book", "notebooks", "tables") for p in sorted((root / folder).rglob("*"))
-              if p.is_file() and "_build" not in p.parts and ".ipynb_checkpoints" not in p.parts]
+    files += [
+        p
+        for folder in ("book", "notebooks", "tables")
+        for p in sorted((root / folder).rglob("*"))
+        if p.is_file() and "_build" not in p.parts and ".ipynb_checkpoints" not in p.parts
+    ]
     hashes = [[str(p.name), hashlib.sha256(p.read_bytes()).hexdigest()] for p in files]
     code = [notebook_code(root / "notebooks" / f"{name}.ipynb") for name in _chapters()]
     return digest([profile, hashes, code, code_hashes(__name__)])
@@ -123,8 +127,7 @@ def _write_source(source: Path, chapters: dict[str, Path], runs: dict[str, list[
     order = [m for m in METHOD_ORDER if m in runs] + sorted(m for m in runs if m not in METHOD_ORDER)
     methods, others = [], []
     for method in order:
-        first, *rest = runs[method]
-        _place(first, notebook_of(method), source / "methods" / f"{method}.ipynb")
+        _place(runs[method][0], notebook_of(method), source / "methods" / f"{method}.ipynb")
         methods.append({"file": f"methods/{method}"})
         for path in runs[method]:
             table = path.parent.parent.name
@@ -164,7 +167,9 @@ def _sphinx(source: Path, output: Path) -> None:
     work = output / "work"
     shutil.rmtree(work, ignore_errors=True)
     done = subprocess.run(
-        [*command, "--path-output", str(work), str(source)], capture_output=True, text=True,
+        [*command, "--path-output", str(work), str(source)],
+        capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
     )
     built = work / "_build" / "html"

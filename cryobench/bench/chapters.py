@@ -16,9 +16,7 @@ def show_tables(
     names: Sequence[str], profile: str, results: str, convention: str | None = None, wide: bool = False, top: str = "."
 ) -> HTML:
     """Published beside measured; each measured method links to its executed notebook (``top``: way to the root)."""
-    parts = [
-        table_text(name, profile, Path(results), "html", convention, wide, runs=f"{top}/runs") for name in names
-    ]
+    parts = [table_text(name, profile, Path(results), "html", convention, wide, runs=f"{top}/runs") for name in names]
     return HTML("\n".join(parts))
 
 

@@ -34,7 +34,9 @@ def examine() -> list[dict[str, Any]]:
         _row("python", "ok" if sys.version_info >= (3, 11) else "missing", platform.python_version()),
         *_requirements(),
         _device(),
-        _row("threads", "ok", f"{os.cpu_count()} cores, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}"),
+        _row(
+            "threads", "ok", f"{os.cpu_count()} cores, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}"
+        ),
         _writable("cache", cache_dir()),
         _writable("working folder", Path.cwd()),
     ]
@@ -67,9 +69,13 @@ def _device() -> dict[str, Any]:
 
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        return _row("device", "ok", f"{torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
+        return _row(
+            "device", "ok", f"{torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+        )
     if shutil.which("nvidia-smi"):
-        return _row("device", "absent", "an NVIDIA GPU is here but torch cannot use it: install the CUDA build of torch")
+        return _row(
+            "device", "absent", "an NVIDIA GPU is here but torch cannot use it: install the CUDA build of torch"
+        )
     return _row("device", "ok", "CPU (no GPU seen by torch)")
 
 

@@ -34,7 +34,7 @@ CLASSICAL = ("none", "sigma", "noisy")
 
 
 def pick_device(name: str = "auto") -> str:
-    """"auto" is the GPU where torch sees one. Raises CryobenchError for a device that is not there."""
+    """ "auto" is the GPU where torch sees one. Raises CryobenchError for a device that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -191,5 +191,3 @@ def data_hash(particles: Particles) -> str:
     for stack in (particles.clean, particles.noisy):
         digester.update(stack.contiguous().numpy().tobytes())
     return digester.hexdigest()
-
-

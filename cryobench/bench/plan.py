@@ -60,9 +60,7 @@ def cells_of(
 
 
 def path_of(cell: Cell, results: Path) -> Path:
-    return records.record_path(
-        results, cell.table, cell.profile, specimen_name(cell.specimen), cell.method, cell.seed
-    )
+    return records.record_path(results, cell.table, cell.profile, specimen_name(cell.specimen), cell.method, cell.seed)
 
 
 def state_of(cell: Cell, results: Path, device: str = "auto") -> State:

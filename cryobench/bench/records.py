@@ -70,7 +70,7 @@ SCHEMA: dict[str, Any] = {
 
 @cache
 def _validator() -> Callable[[Any], Any]:
-    return fastjsonschema.compile(SCHEMA)  # type: ignore[no-any-return]
+    return fastjsonschema.compile(SCHEMA)
 
 
 def record_path(results: Path, table: str, profile: str, specimen: str, method: str, seed: int) -> Path:

@@ -6,6 +6,7 @@ import csv
 import html
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,9 @@ COLUMNS = (
 )
 
 
+Maker = Callable[[str, list[Column], list[dict[str, Any]]], str]
+
+
 def load_records(spec: TableSpec, profile: str, results: Path) -> list[dict[str, Any]]:
     """All readable records of a table; an unreadable file is left out (``status`` names it)."""
     found = []
@@ -99,9 +103,7 @@ def table_rows(
     return table
 
 
-def _row(
-    spec: TableSpec, specimen: str, method: str, found: list[dict[str, Any]], legacy: str
-) -> dict[str, Any]:
+def _row(spec: TableSpec, specimen: str, method: str, found: list[dict[str, Any]], legacy: str) -> dict[str, Any]:
     built = all_methods().get(method)
     row: dict[str, Any] = {c.key: None for c in COLUMNS}
     row |= {"specimen": specimen, "dataset": spec.dataset(specimen), "stand_in_for": spec.stands_in(specimen)}
@@ -116,8 +118,11 @@ def _row(
         return row
     for convention, prefix in (("fair", ""), (legacy, "legacy_")):
         for metric in FAIR:
-            values = [torch.from_numpy(records.unpack(r["per_image"][convention][metric]).copy())
-                      for r in done if metric in r["per_image"].get(convention, {})]
+            values = [
+                torch.from_numpy(records.unpack(r["per_image"][convention][metric]).copy())
+                for r in done
+                if metric in r["per_image"].get(convention, {})
+            ]
             if values:
                 summary = summarise(torch.cat(values))
                 row[prefix + metric] = summary["mean"]
@@ -179,7 +184,9 @@ def table_text(
         return _csv(table)
     columns = [c for c in COLUMNS if c.narrow or wide]
     columns = [c for c in columns if wide or any(r[c.key] is not None for rows in table.values() for r in rows)]
-    make = {"text": _text, "html": partial(_html, runs=f"{runs}/{name}" if runs else ""), "latex": _latex}[form]
+    pages = f"{runs}/{name}" if runs else ""
+    makers: dict[str, Maker] = {"text": _text, "html": partial(_html, runs=pages), "latex": _latex}
+    make = makers[form]
     parts = [make(headings[s], columns, table[s]) for s in table]
     legacy = convention or next((c for c in spec.conventions if c != "fair"), "fair")
     note = f"legacy = scored as {legacy}; MSE, PSNR, SSIM without it: fair. '-': not stated or not measured."
@@ -237,4 +244,3 @@ def _csv(table: dict[str, list[dict[str, Any]]]) -> str:
     for rows in table.values():
         writer.writerows(rows)
     return out.getvalue().rstrip("\n")
-

@@ -110,7 +110,7 @@ def table_names() -> list[str]:
 
 @cache
 def _validator() -> Callable[[Any], Any]:
-    return fastjsonschema.compile(SCHEMA)  # type: ignore[no-any-return]
+    return fastjsonschema.compile(SCHEMA)
 
 
 def load_table(name: str) -> TableSpec:
@@ -124,5 +124,5 @@ def load_table(name: str) -> TableSpec:
     except yaml.YAMLError as error:
         raise CryobenchError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     except fastjsonschema.JsonSchemaException as error:
-        raise CryobenchError(f"{path}: {error.message.replace('data.', '', 1)}") from error
+        raise CryobenchError(f"{path}: {str(error).removeprefix('data.')}") from error
     return TableSpec(**content)

@@ -152,5 +152,3 @@ class Simulator:
         snr = sim.snr if sigma is None else float(clean.double().var(correction=0)) / sigma**2
         noisy, sigma_used = add_noise(clean, snr, sim.noise, generator)
         return noisy, float(sigma_used)
-
-

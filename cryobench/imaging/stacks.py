@@ -83,4 +83,3 @@ def particle_table(stack: str, particles: Particles, simulation: Simulation) -> 
         defocus=None if particles.defocus is None else particles.defocus.numpy(),
         subset=1 + np.arange(n) % 2,
     )
-

@@ -83,12 +83,12 @@ class TrainingData:
         """Clean images (n, size, size) of the noisy ones (needs ``clean-pairs``)."""
         self._need("clean-pairs")
         if self._clean is None:
-            raise CryobenchError("no clean images beside these noisy ones: give a stack with STACK_clean.mrcs beside it")
+            raise CryobenchError(
+                "no clean images beside these noisy ones: give a stack with STACK_clean.mrcs beside it"
+            )
         return self._clean
 
-    def batch(
-        self, step: int, batch_size: int, seed: int, device: str | torch.device = "cpu"
-    ) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, batch_size: int, seed: int, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
         """Batch number ``step``: (input, target), a pure function of seed and step so that a fit can resume.
 
         The target is the clean image (``clean-pairs``) or a second exposure (``noisy-pairs``). With clean
@@ -108,5 +108,7 @@ class TrainingData:
         index = torch.randint(len(first), (batch_size,), generator=generator)
         turn, mirror = (int(k) for k in torch.randint(4, (2,), generator=generator))
         pair = torch.stack([first[index], second[index]])
-        pair = torch.rot90(pair.flip(-1) if mirror % 2 else pair, turn if pair.shape[-1] == pair.shape[-2] else 0, (-2, -1))
+        pair = torch.rot90(
+            pair.flip(-1) if mirror % 2 else pair, turn if pair.shape[-1] == pair.shape[-2] else 0, (-2, -1)
+        )
         return pair[0].to(device), pair[1].to(device)

@@ -32,7 +32,6 @@ class Method(Denoiser):
     """Gaussian weights in place and in value, reflected borders."""
 
     name = "bilateral"
-    label = "Bilateral filter"
     paper = "tomasi1998bilateral"
     supervision = "sigma"
     Config = Config

@@ -22,7 +22,6 @@ class Method(Denoiser):
     """The mean of the noisy training stack: its noise averages out, and so does the particle."""
 
     name = "blank"
-    label = "Blank (mean image)"
     supervision = "noisy"
     equivariant = False
     Config = Config

@@ -33,7 +33,7 @@ class Config:
 
     block_basic, block_wiener: sides of the square blocks of steps 1 and 2 (N1; the paper has 12 and 11).
     group_basic, group_wiener: blocks in a group, powers of two (N2).
-    step: spacing of the blocks (N_step; the paper has 4 and 6, and candidates at every pixel).
+    step_basic, step_wiener: spacing of the blocks (N_step; the paper has 4 and 6, and candidates at every pixel).
     window: side of the search window (N_S).
     threshold: below it a coefficient of step 1 is noise (lambda_3D).
     wiener_noise: noise variance assumed in step 2, in units of the true one (the paper has 1).
@@ -44,7 +44,8 @@ class Config:
     block_wiener: int = 10
     group_basic: int = 16
     group_wiener: int = 32
-    step: int = 4
+    step_basic: int = 4
+    step_wiener: int = 4
     window: int = 39
     threshold: float = 2.8
     wiener_noise: float = 0.7

@@ -85,7 +85,6 @@ class Method(Denoiser):
     """DnCNN on images in units of the noise, relative to the mean of the stack."""
 
     name = "dncnn"
-    label = "DnCNN"
     paper = "zhang2017dncnn"
     supervision = "clean-pairs"
     trained = True

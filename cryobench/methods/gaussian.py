@@ -34,7 +34,6 @@ class Method(Denoiser):
     """Gaussian window with reflected borders."""
 
     name = "gaussian"
-    label = "Gaussian filter"
     supervision = "sigma"
     Config = Config
 

@@ -31,7 +31,6 @@ class Method(Denoiser):
     """Radial cut-off with reflected borders."""
 
     name = "lowpass"
-    label = "Low-pass filter"
     supervision = "sigma"
     Config = Config
 

@@ -31,7 +31,6 @@ class Method(Denoiser):
     """Radial Wiener filter with reflected borders, built from the clean training images."""
 
     name = "lowpass-oracle"
-    label = "Low-pass, oracle"
     supervision = "clean-pairs"
     equivariant = False  # the spectrum is in the training images' units; to shift it is
     Config = Config

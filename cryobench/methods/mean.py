@@ -28,7 +28,6 @@ class Method(Denoiser):
     """Square window with reflected borders."""
 
     name = "mean"
-    label = "Mean filter"
     supervision = "sigma"
     Config = Config
 

@@ -19,7 +19,8 @@ def estimate_sigma(images: Tensor) -> float:
     The mean of each image's corners is removed first, so that a varying background does not count.
     On whole micrographs the corners may hold particles: then this is an upper bound.
     """
-    mask = corner_mask(*images.shape[-2:], device=images.device)
+    height, width = images.shape[-2:]
+    mask = corner_mask(height, width, images.device)
     if int(mask.sum()) < 2:
         return float(images.std())
     corners = images[:, mask].double()

@@ -18,7 +18,6 @@ class Method(Denoiser):
     """The identity."""
 
     name = "noisy"
-    label = "Noisy input"
     supervision = "none"
     Config = Config
 

@@ -18,7 +18,6 @@ class Method(Denoiser):
     """a*y with a = max(0, 1 - sigma^2 / mean(y^2)) over the stack: the least Stein risk of all scalars."""
 
     name = "shrink"
-    label = "Best scalar"
     supervision = "sigma"
     equivariant = False  # towards zero: to scale but not to shift
     Config = Config

@@ -92,9 +92,7 @@ def discard(part: Path) -> None:
     _sidecar(part).unlink(missing_ok=True)
 
 
-def _attempt(
-    url: str, part: Path, size: int | None, checkable: bool, bar: Any, session: requests.Session
-) -> bool:
+def _attempt(url: str, part: Path, size: int | None, checkable: bool, bar: Any, session: requests.Session) -> bool:
     """One request; True if it continued an earlier one."""
     import requests
 

@@ -116,9 +116,7 @@ def _from_network(
                 try:
                     label = f"{entry} {target.name}"
                     with tqdm(desc=label, unit="B", unit_scale=True, disable=not progress) as bar:
-                        got = download(
-                            url, part, size=size, checkable=checkable, bar=bar, session=session, sleep=sleep
-                        )
+                        got = download(url, part, size=size, checkable=checkable, bar=bar, session=session, sleep=sleep)
                 except Refused as error:
                     reasons.append(f"{url}: {error}")
                     break
@@ -195,9 +193,7 @@ def _place(part: Path, target: Path) -> None:
     discard(part)  # the note beside it
 
 
-def _record(
-    data_dir: Path, file: RemoteFile, entry: str, source: dict[str, Any], size: int, digest: str
-) -> None:
+def _record(data_dir: Path, file: RemoteFile, entry: str, source: dict[str, Any], size: int, digest: str) -> None:
     """Add a file to lock.json, atomically, also when several processes do so at once."""
     trusted = file.sha256 is None
     if trusted:

@@ -43,9 +43,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         raise CryobenchError(f"the folder {target.parent} does not exist; make it first")
     temporary: str | None = None
     try:
-        handle, temporary = tempfile.mkstemp(
-            prefix=f".{target.name[:100]}.", suffix=".part", dir=target.parent
-        )
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".part", dir=target.parent)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()

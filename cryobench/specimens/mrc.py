@@ -80,18 +80,14 @@ def load(path: str | Path) -> tuple[np.ndarray, MrcHeader]:
     return array, header
 
 
-def choose_pixel_size(
-    path: str | Path, header: MrcHeader, voxel: tuple[float, ...], given: float | None
-) -> float:
+def choose_pixel_size(path: str | Path, header: MrcHeader, voxel: tuple[float, ...], given: float | None) -> float:
     """The pixel size in angstrom: ``given``, else the header's if the ``voxel`` sides agree to 0.1 %."""
     if given is not None:
         if not (math.isfinite(given) and given > 0):
             raise CryobenchError(f"the pixel size must be a positive number of angstrom, not {given}")
         return float(given)
     if not all(math.isfinite(v) and 1e-3 < v < 1e5 for v in voxel):
-        raise CryobenchError(
-            f"{path} has no pixel size in its header; give it with --pixel-size A (angstrom)"
-        )
+        raise CryobenchError(f"{path} has no pixel size in its header; give it with --pixel-size A (angstrom)")
     if max(voxel) > 1.001 * min(voxel):
         sides = " x ".join(f"{v:.4g}" for v in voxel)
         raise CryobenchError(
@@ -149,9 +145,7 @@ def _parse(path: Path, raw: bytes) -> MrcHeader:
     if found:
         return min(found, key=lambda header: header.nbytes)
     if other_modes:
-        raise BadFileError(
-            f"{path} has MRC mode {other_modes[0]}, which is not read; convert it to {_MODE_NAMES}"
-        )
+        raise BadFileError(f"{path} has MRC mode {other_modes[0]}, which is not read; convert it to {_MODE_NAMES}")
     raise BadFileError(f"{path} is not an MRC file (its header has no sensible size and mode)")
 
 
@@ -180,9 +174,7 @@ def _check_length(path: Path, header: MrcHeader, length: int, exact: bool = True
     says = "x".join(str(n) for n in header.shape) + f" {header.dtype.name}, {header.nbytes:,} bytes"
     if length < header.nbytes:
         has = f"the file has {length:,}" if exact else "the file is far too short for that"
-        raise BadFileError(
-            f"{path} is truncated or its header lies: it says {says}; {has}; copy or download it again"
-        )
+        raise BadFileError(f"{path} is truncated or its header lies: it says {says}; {has}; copy or download it again")
     if exact and length > header.nbytes + _MAX_PADDING:
         raise BadFileError(
             f"{path} is longer than its header says ({says}), so the header is wrong; "
@@ -210,9 +202,7 @@ def _data(path: Path, file: Any, header: MrcHeader, length: int, wanted: bool) -
         if file.readinto(piece) != len(piece):
             raise BadFileError(f"{path} ended while it was read; wait until it is written completely")
     if any(file.read(length - header.nbytes)):
-        raise BadFileError(
-            f"{path} has other bytes behind the data than its header says; its header is wrong"
-        )
+        raise BadFileError(f"{path} has other bytes behind the data than its header says; its header is wrong")
     return raw.view(header.dtype).reshape(header.shape).astype(np.float32, copy=False)
 
 
@@ -230,9 +220,7 @@ def write_mrc(path: str | Path, array: Any, pixel_size: float, stack: bool = Tru
     if data.ndim != 3 or data.size == 0:
         raise CryobenchError(f"{path}: an array of shape {data.shape} is neither images nor a volume")
     if not (math.isfinite(pixel_size) and pixel_size > 0):
-        raise CryobenchError(
-            f"{path}: the pixel size must be a positive number of angstrom, not {pixel_size}"
-        )
+        raise CryobenchError(f"{path}: the pixel size must be a positive number of angstrom, not {pixel_size}")
     low, high = float(data.min()), float(data.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise CryobenchError(f"{path} is not written: the array holds NaN or infinite values")
