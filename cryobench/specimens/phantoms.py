@@ -60,83 +60,83 @@ CHANNEL = [
     (38.5, -7.2, -4.9, 46.6, 5.6, -11.4, 56.9, 4.6, -12.5),
     (44, 16.1, -12, 36.6, 2, -25.7, 37.9, -6.3, -27.5),
     (33.8, -1.2, -17.1, 32.6, 3.4, 0.2, 35.4, 9.1, 7.3),
-    (32.4, 10.1, 6.9, 32.7, 17, 45.3, 41.5, 16.6, 56.3),
-    (41.2, 8.8, 48.1, 40.3, 5.5, 7.8, 38.2, -5.6, -9.9),
-    (33, 0.7, 9.9, 33.4, -1.8, 44.3, 20.2, 5.3, 76),
-    (28.9, 9, 48.3, 21.6, 2.7, 7.4, 13.9, 7.5, 0.2),
+    (32.4, 10.1, 6.9, 32.7, 17, 45.3, 42.7, 14.6, 56.3),
+    (41.2, 8.8, 48.1, 40.3, 5.5, 7.8, 38.3, -5.4, -10),
+    (33, 0.7, 9.9, 33.4, -1.8, 44.3, 34.9, 0.4, 54.7),
+    (28.9, 9, 48.3, 21.6, 2.7, 7.4, 13.8, 7, -0),
     (11.7, 6, 9.1, 19.7, 11.5, 46.9, 22.3, 8.1, 53.1),
-    (12.5, 17.3, 49.2, 6.6, 7.6, 37.2, 9, 4.4, 56.6),
-    (14.9, 2.7, 46.6, 6.7, -3.9, 2.8, 4.6, 0.9, -5.8),
-    (14.1, 2.8, -2.9, 35.8, 16, -1.4, 37.2, 22.1, 8.5),
-    (44.6, 8.3, -0.1, 31.4, 10.3, -14.3, 31.5, 17.1, -6.8),
+    (12.5, 17.3, 49.2, 6.6, 7.6, 37.2, 9.3, 4.1, 56.7),
+    (14.9, 2.7, 46.6, 6.7, -3.9, 2.8, -4.5, -2.5, 2.1),
+    (14.1, 2.8, -2.9, 35.8, 16, -1.4, 37.1, 21.7, 8.7),
+    (44.6, 8.3, -0.1, 31.4, 10.3, -14.3, 29.6, 17.9, -6.6),
     (23.9, 2.4, -9.9, 28.2, 6.3, -25.4, 36.1, 8.8, -16),
-    (34.2, 15.4, -21.9, 12.1, 19.1, -19.6, -1.5, -4.7, -3.9),
+    (34.2, 15.4, -21.9, 12.1, 19.1, -19.6, -1.7, -4.6, -4.1),
     (13, 10.9, -11.6, 6.5, 27.6, -10.1, 1.9, 34.1, -13),
-    (14.2, 32.5, -7.2, 22.7, 12.1, -11.8, 28, 13.6, -18.8),
-    (17.8, 9, -19.2, 17.6, -6.3, -33.6, 24.8, -12.5, -35.7),
+    (14.2, 32.5, -7.2, 22.7, 12.1, -11.8, 27.7, 14.2, -18.6),
+    (17.8, 9, -19.2, 17.6, -6.3, -33.6, 25, -12.5, -36),
     (28, -11.2, -35.5, 41.7, -2.5, -32.4, 48.2, 3.6, -28.5),
     (42.6, 8.8, -30.3, 24.2, 15.5, -30.4, 17.3, 20.3, -23.6),
     (27.8, 14.8, -41.7, 33.8, 2.9, -34.8, 30.9, -2.9, -28.8),
-    (29.8, -4.5, -26.7, 13.9, -1.9, -13.2, 7.6, 6.8, -17.1),
+    (29.8, -4.5, -26.7, 13.9, -1.9, -13.2, 9.9, 7, -19.2),
     (8.3, -6.9, -18.7, 15, -14.9, -31.4, 15.6, -16.9, -33.4),
-    (19.4, -12.7, -39.4, 25.1, -1.7, -52.5, 39.9, 2.8, -56),
+    (19.4, -12.7, -39.4, 25.1, -1.7, -52.5, 39.9, 2.8, -55.7),
     (36.3, -3.9, -52.8, 25.4, -1.5, -35, 16, -4.5, -38.8),
-    (21.7, 6.8, -32.7, 17.8, 15.3, -46.2, 17.3, 33.1, -55.6),
-    (22.1, 21.1, -37.8, 11, 29.5, -18.2, 10.7, 34.6, -14.4),
-    (20.4, 29.7, -16.2, 39.7, 15.9, -45.3, 41.9, 12.3, -53),
-    (34.4, 8.6, -49.8, 13, -0.7, -39.6, 11.1, -2.4, -46),
+    (21.7, 6.8, -32.7, 17.8, 15.3, -46.2, 7.5, 32.2, -51),
+    (22.1, 21.1, -37.8, 11, 29.5, -18.2, 10.9, 34.5, -13.8),
+    (20.4, 29.7, -16.2, 39.7, 15.9, -45.3, 42, 12.1, -52.9),
+    (34.4, 8.6, -49.8, 13, -0.7, -39.6, 10.9, -2.4, -45.9),
     (11, 8.6, -40, -0.8, 8, -24.4, 0, 0, 0),
 ]
 CHANNEL_SEQUENCE = (
-    "TYKQKTNyyDErlliFYMsSKIqGIRNIAQRRISkSCGGcfNCTecyCkCrNECEEAfklAffkrysDIfSfMTGQMlRGQKRfElIryNlKklQGDEQR"
-    "NklkSkGlteGArLCsfTleTNNyKNqlllKflARemSQiriRRVtIlQIIysGTTcSSCDsrIDlkfTRNSisAtRfFSclDkAeKDErADElKRDNDf"
-    "GyMKYiGGTmCDEDAcGlmkvRGsRfAeDyNrlesQRsyGNslKDkSKyKSGGMElYFNmlKNrIAIeslfARlSqFRGKSEkAANflGARAAtsiAQGA"
-    "CCTceGGGMVlDcGATNClNNIcIGSAklVGIGrvASQADyTAAAAsVrFKTfNIIkIkENSFsQLTAlesSKIlEcADASQLQIRcIEfACqmrVRRsG"
-    "fsAsSNTcNAGAGSAtiAATlACIIttSANeSesslDSSSNSSTGfDLGcClCKENDGScEGEfKlSfsKDmmCKKRRssEDAmEDlCASFcSsCvCCDs"
-    "DsIKGeifKcGImTsATSDyrTySNSAlGlcKGCKGAkqfDEfSSlrSrrsefrGTMeeKFcNIENSAADNeDGMRlCGATKRCIcArRNm"
+    "MSAQMSSQNTlSGlVLirsSflfGSTSIeDRRIDNAsGGAfISSksfqkCqlysyRSKrISfmkklNNfrSlkDGQMMLGfKlyTRIyDllylSmyKDQl"
+    "NsKESEGrIEGlRLCIfTsGrNIRfSDQySKDSGMGIVSrekNKEmrcSDETSeCIcENIQGISDllsASAKkTSNyllqlACEIADQKDIKANKcNERf"
+    "YYGlRDMllDlGSYtkfGvIqsfTlCkqkNyEDKSeIQflICllESCGmMIiRllllsNRNAcNNeQCNGSKFRGNEDINMDysCANMAsNLcACsKSTG"
+    "kcGGITGlTlqEGSITSTEsGGAkqMGtGevASQACKlRSAAcLRLGqyNsErIAQISvAeVqIlDmSEAIsIAEVSIFSERckkRSCrceKfIsRTsAE"
+    "IsAcNNCAGCAcDAATqAAIKsVVSiRKIcsTKcRClASAGIIVsSCcTsTDlGAckSArNTfEGGlmeAKrYKGfITGTSNSSASFkVSCEACNCfQyq"
+    "AKsAQsGEmCleDlTAkCcADCMsfCrNlSlIcqfNTyGMTyIDNkDIlNGleyeIGSGmESCslNcRIGKlQLGLcrKRIIATSIM"
 )
 TRANSPORTER = [
     (23.5, 3.1, -6.3, 39.4, -4.5, -14.6, 61.6, -3.1, -3.6),
-    (32.5, -11.3, -10, 14.5, -0.2, 4.2, 7.6, -0.6, 7.7),
-    (5.8, -2.3, 10.5, 11.8, -18.7, 45.4, 6, -28.6, 45.7),
-    (19.8, -17, 47.4, 18.8, -15.7, 10, 22.7, -20.1, 1.4),
+    (32.5, -11.3, -10, 14.5, -0.2, 4.2, 7.5, -0.4, 7.6),
+    (5.8, -2.3, 10.5, 11.8, -18.7, 45.4, 14.5, -23.2, 50.5),
+    (19.8, -17, 47.4, 18.8, -15.7, 10, 22.7, -20.2, 1.3),
     (28.4, -14.5, 24.6, 28.3, -13.9, 44.1, 39.5, -13.1, 45.4),
-    (18.7, -6.7, 45.3, 28.3, -6.1, 10.6, 30.9, -0.3, 3.5),
-    (17.7, -7.9, 8.9, 11.9, 3.8, 47.3, 11.5, 3.2, 55),
+    (18.7, -6.7, 45.3, 28.3, -6.1, 10.6, 31, -0.1, 3.7),
+    (17.7, -7.9, 8.9, 11.9, 3.8, 47.3, 11.4, 3.3, 55),
     (3.7, 2.5, 45.1, 6.8, 6.2, 10.9, 8.9, 13, 4.2),
-    (7.2, 15.6, 9.3, 8.1, 12.4, 46.7, 6.6, 17.9, 54.6),
-    (17.6, 9.8, 47.4, 15.7, 8, 8.5, 16.1, 4.9, 0.6),
-    (24.1, 5.4, 8.8, 27.1, 2.4, 46.1, 31, 1.4, 57.2),
-    (34.8, 0.4, 32, 33.8, -0.1, 11.1, 39.9, -13.4, 2.2),
+    (7.2, 15.6, 9.3, 8.1, 12.4, 46.7, 6.7, 18.2, 54.5),
+    (17.6, 9.8, 47.4, 15.7, 8, 8.5, 16.1, 5, 0.5),
+    (24.1, 5.4, 8.8, 27.1, 2.4, 46.1, 31, 1.4, 57.1),
+    (34.8, 0.4, 32, 33.8, -0.1, 11.1, 41.5, -13.4, 3.2),
     (36.6, -13, 9.8, 37.7, -4.7, 46.4, 35, 6.4, 51),
-    (34.9, 7.4, 48.6, 30.5, 12.7, 7.2, 26.7, 18.9, -14),
-    (22, 15.1, 10.2, 26.9, 14.9, 45.8, 31.2, 22.2, 49.6),
+    (34.9, 7.4, 48.6, 30.5, 12.7, 7.2, 23.6, 11.9, 0.6),
+    (22, 15.1, 10.2, 26.9, 14.9, 45.8, 31.1, 22.2, 49.9),
     (19.5, 19.4, 47.1, 13.3, 21.6, 8.7, 12.8, 18.9, 1.5),
     (13.9, 18.3, -2.8, 15.8, 11.5, -24.1, 14.9, 13.9, -22.4),
-    (11.7, 3.3, -30.1, 32.3, -12.2, -42.1, 52.7, 14.7, -47.7),
-    (37.7, -3.1, -39.1, 39.5, -20.1, -29.8, 75.8, -25.8, -26.2),
-    (39.1, -10.4, -24.7, 19.9, -4.1, -11.6, 20, -10.8, -2.1),
-    (15.3, -10.1, -18.3, 22.1, 4.4, -26.5, 31.3, 6.5, -25.4),
+    (11.7, 3.3, -30.1, 32.3, -12.2, -42.1, 46.6, 10.8, -43.6),
+    (37.7, -3.1, -39.1, 39.5, -20.1, -29.8, 49.4, -20.5, -26.3),
+    (39.1, -10.4, -24.7, 19.9, -4.1, -11.6, 20.1, -10.8, -2.2),
+    (15.3, -10.1, -18.3, 22.1, 4.4, -26.5, 31.2, 6.6, -25.4),
     (28.1, 2.8, -35.7, 7, 17, -33.9, 1.4, 19.2, -34.5),
-    (6, 11.7, -26, 10.5, -1.1, -16.7, 12.7, 6.8, -8.8),
-    (15.3, 5.8, -12.8, 43.3, -1.4, -25.4, 66.2, -3.3, -33.9),
-    (33.3, -3.8, -29.7, 14.8, -13.6, -27.2, -10.5, -15.9, -56.3),
-    (23.9, -20, -28.2, 11.7, -18.2, -7.7, 14.3, -16.5, -4.8),
+    (6, 11.7, -26, 10.5, -1.1, -16.7, 12.6, 6.1, -8.5),
+    (15.3, 5.8, -12.8, 43.3, -1.4, -25.4, 49.3, 11, -26),
+    (33.3, -3.8, -29.7, 14.8, -13.6, -27.2, 9.4, -5.5, -48),
+    (23.9, -20, -28.2, 11.7, -18.2, -7.7, 14.4, -16.4, -4.9),
     (10.8, -9, -9.9, 14.2, 8.5, -2.1, 24, 13.7, -0.4),
     (22.7, 12.3, -3.7, 26.2, 13.5, -30.5, 30.3, 16.7, -39.6),
-    (29.9, 12.3, -39.5, 13.2, 18, -43.1, -4, 15.8, -52.3),
+    (29.9, 12.3, -39.5, 13.2, 18, -43.1, -3.9, 17.5, -53),
     (2.9, 21.9, -43.2, 19.4, 30.3, -30.4, 21.7, 33.7, -22.1),
     (16.4, 19.5, -28.8, 35, 25.1, -45.3, 0, 0, 0),
 ]
 TRANSPORTER_SEQUENCE = (
-    "FsLKDAylsslCsNsQFmkkVyDlATlDGeNssDENEADGQAGvLlfSffqSqrIcQyCDEsDDqCfMEVSDMvDSsCIASrEDDKrsADDNTfAGqkKA"
-    "lVAiRSSQQNSlGSARGieVMVFSIqclTQSDAscAsIESICTqEkICCYeyTNNTAfSGcCNNEKCEsSAsRsCflRRyAfAsSkfDINmSSDSSNqTM"
-    "KDGKYEAARAAEEecNTsEyASMTIfIICmRIAYMASKAIAAANTeeAIQDslcNlINNRSCErQLssNTkACDIGcAIAlNqSElGlSRssiSmVcCKN"
-    "EqDyDAAkeKFGeelDDKITyeTAfNQflSqTRfENNAlAIYqAeKSsfRSSeMADKScrRAlQEAIRGGDqKQSiKDANKIAfACDlAQeRCAIAlCGm"
-    "KVvRrmGlIAfKAQqyKreCDKreAlKEKQkLisflNRfDsEsCTsACDRlrTSlkkTDGKclIDfIMtEVKRfCKKrFAfqCAlQrDDAtAERGiQKKG"
-    "qKLfKSITSCQTAcGCcIAVEMTAISfCsASAcrqASEiGcIsATsCcRlAklmGSQRVmylfGlICTGGCtVSlNAsTlkNleSCKkcGfGGSQSAVif"
-    "ftsCfADlTDfKKTsMAVReqEKKmREGyffMymmyfTllSkAiEseETNNfDEeyScVKGcSSAfKNsrEDrQDfslcSKmDAQrefRlsrrCRFflSE"
-    "ERlrKENySSeeAmVAVIFGSIfRCcTsflNkTK"
+    "EsLKSAETsskscDsrvfrqVIrksRlSARKTylSKlqTCKAFFyyeDCkeSkNIITySKllkERSfKGEFSNySNSlANIfesQkNAIElEMGGQKmAc"
+    "SCiDTIqKNDrlIsKGqiCRQEYTSETANDDEsDANCSAsDlDMesCcKlfKIIqAQMTAIDeCqSfDSATSASlllAEAcARCelNIDksqESsSflcQ"
+    "CAlMLGAkcqMySGrTAEEqsKNIKDIDEmlARIADAADlAsAEqIGSlSAESDsNTDMCtTsSTscIIINSDMNlNIANlNTlkGlRRcGVSqVfTNSy"
+    "GCrfAsEtKEAKRQCERlDRGGAQRKeMCSlflcfCAQATDYAIKCsfKCNqIASQScRRAQETAyeGKsKsLFASfIAyTIIqANqEDDfDlACFlCCR"
+    "emQyClflAIeRTkfsINTSAlyqrkGYeEfQQQkysTQTNsASFFiKfSsSeTDIDSKrEfRKiRASRMiGefAsmSATKffDYIAArFArTCDICAlD"
+    "AsGstIAVGYTAQGAkeAAAQelGfEkAksCITsNcEmffTIGSKKYqTRADDNskiGAGCCSMDTCskNKNECMNSlGMqGGViSFsDEsDAIMlDKSr"
+    "lMRGKiFtCTIfRcQSTlTRQImADGCmIISNKSIrleQfAGAYlAlkDsyfSfsSGyEsMqGsAfsskyDkkeeKEylvkrMkEfSINqAQyAliAVNc"
+    "GESySMQlAlRyCEy"
 )
 # fmt: on
 
@@ -148,7 +148,7 @@ Residue = tuple[list[str], np.ndarray]
 def channel() -> Atoms:
     """A C4 ion channel about the size of HCN1, axis along z through the origin, extracellular side up.
 
-    Four subunits of 591 residues: a voltage sensor of four membrane helices, two pore helices and the
+    Four subunits of 587 residues: a voltage sensor of four membrane helices, two pore helices and the
     half helix of the selectivity filter; below them a cytoplasmic domain of short helices around a wide vestibule.
     See the module's docstring for what is realistic and what is not.
     """
@@ -158,7 +158,7 @@ def channel() -> Atoms:
 def transporter() -> Atoms:
     """A C2 transporter dimer about the size of prestin, axis along z through the origin, extracellular side up.
 
-    Two subunits of 734 residues: 14 membrane helices, two of them half as long, over a cytoplasmic domain.
+    Two subunits of 715 residues: 14 membrane helices, two of them half as long, over a cytoplasmic domain.
     See the module's docstring for what is realistic and what is not.
     """
     return _particle(TRANSPORTER, TRANSPORTER_SEQUENCE, 2, "transporter")
