@@ -44,7 +44,8 @@ def atoms_to_density(atoms: Atoms, size: int, pixel_size: float, resolution: flo
             finest the grid holds; 0 leaves the atoms as sharp as their B-factors make them.
 
     Returns:
-        (size, size, size) float32, axes (z, y, x), in volts; protein is about 8 V inside, background near 0.
+        (size, size, size) float32, axes (z, y, x), in volts; protein without hydrogens is about 6 V inside,
+        the background near 0.
 
     Raises:
         CryobenchError: the particle does not fit in the box in every orientation, or a value makes no sense.
