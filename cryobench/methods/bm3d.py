@@ -168,6 +168,18 @@ def coarse_variance(points: Tensor, grid_w: int, block: int, gaps: tuple[int, ..
     return (1 + torch.stack(pairs, -1) @ torch.stack(shared)).clamp(min=0.02)
 
 
+def _sizes(h: int, w: int, grid_h: int, grid_w: int, wiener: bool, config: Config) -> tuple[int, int, int]:
+    """Side of a block, blocks in a group, grid points searched each way: smaller where the image is small."""
+    block, group, step = (
+        (config.block_wiener, config.group_wiener, config.step_wiener)
+        if wiener
+        else (config.block_basic, config.group_basic, config.step_basic)
+    )
+    reach = max(1, round(config.window / 2 / step))
+    candidates = search_start(grid_h, reach)[1] * search_start(grid_w, reach)[1]
+    return min(block, h, w), min(group, 2 ** int(math.log2(candidates))), reach
+
+
 def _shrink(group: Tensor, pilot: Tensor | None, variance: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """Shrink Haar spectra (group, m, k) of groups; returns them and the weight of each group (m,).
 
@@ -186,21 +198,19 @@ def _shrink(group: Tensor, pilot: Tensor | None, variance: Tensor, config: Confi
 
 
 def _filter_tile(
-    images: Tensor,
-    pilot: Tensor | None,
-    rows: Tensor,
-    columns: Tensor,
-    refs: tuple[range, range],
-    block: int,
-    group: int,
-    config: Config,
+    images: Tensor, pilot: Tensor | None, grid: tuple[Tensor, Tensor], refs: tuple[range, range], config: Config
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the shrunk blocks of a tile, and the sum of the weights, both (n, h, w) (eq. 14)."""
+    """Weighted sum of the shrunk blocks of a tile (eq. 14), and the sum of the weights, both (n, h, w).
+
+    grid: first pixels of the blocks along y and x. refs: which of them are references.
+    """
     n, h, w = images.shape
-    gaps = tuple(round(float(p[-1] - p[0]) / (len(p) - 1)) if len(p) > 1 else block for p in (rows, columns))
+    rows, columns = grid
+    block, group, reach = _sizes(h, w, len(rows), len(columns), pilot is not None, config)
+    gaps = tuple(round(float(p[-1] - p[0]) / (len(p) - 1)) if len(p) > 1 else block for p in grid)
     spectra = block_spectra(images, rows, columns, block)
     pilot_spectra = None if pilot is None else block_spectra(pilot, rows, columns, block)
-    points = match_blocks(spectra if pilot_spectra is None else pilot_spectra, *refs, group, _reach(config))
+    points = match_blocks(spectra if pilot_spectra is None else pilot_spectra, *refs, group, reach)
     m = n * points.shape[1]
     first = torch.arange(n, device=images.device) * (len(rows) * len(columns))
     flat = (points + first[:, None, None]).reshape(m, group).T.flatten()  # the group is the slowest index
@@ -229,21 +239,14 @@ def _filter_tile(
     return summed, block_matrix(h, rows, kaiser[None]).T @ weights @ block_matrix(w, columns, kaiser[None])
 
 
-def _reach(config: Config) -> int:
-    """Half the search window in grid points."""
-    return max(1, round(config.window / 2 / config.step))
-
-
 def _estimate(images: Tensor, pilot: Tensor | None, config: Config) -> Tensor:
     """One step of BM3D on images (n, h, w) of noise level 1, by tiles of images and of reference blocks."""
     n, h, w = images.shape
-    block, group = (
-        (config.block_basic, config.group_basic) if pilot is None else (config.block_wiener, config.group_wiener)
-    )
-    block = min(block, h, w)
-    grid_y, grid_x = (grid_positions(size, block, config.step).to(images.device) for size in (h, w))
-    (start_y, height), (start_x, width) = (search_start(len(p), _reach(config)) for p in (grid_y, grid_x))
-    group = min(group, 2 ** int(math.log2(height * width)))
+    step = config.step_basic if pilot is None else config.step_wiener
+    block = min(config.block_basic if pilot is None else config.block_wiener, h, w)
+    grid_y, grid_x = (grid_positions(size, block, step).to(images.device) for size in (h, w))
+    block, group, reach = _sizes(h, w, len(grid_y), len(grid_x), pilot is not None, config)
+    (start_y, height), (start_x, width) = (search_start(len(p), reach) for p in (grid_y, grid_x))
     # groups of about 16 MB stay in a CPU's cache; a GPU wants much more at once
     tile = 32
     values = min(tile, len(grid_y)) * min(tile, len(grid_x)) * group * block**2
@@ -261,10 +264,12 @@ def _estimate(images: Tensor, pilot: Tensor | None, config: Config) -> Tensor:
                     slice(int(rows[0]), int(rows[-1]) + block),
                     slice(int(columns[0]), int(columns[-1]) + block),
                 )
-                refs = range(y - top, y1 - top), range(x - left, x1 - left)
-                piece = None if pilot is None else pilot[part]
                 s, k = _filter_tile(
-                    images[part], piece, rows - rows[0], columns - columns[0], refs, block, group, config
+                    images[part],
+                    None if pilot is None else pilot[part],
+                    (rows - rows[0], columns - columns[0]),
+                    (range(y - top, y1 - top), range(x - left, x1 - left)),
+                    config,
                 )
                 summed[part] += s
                 weights[part] += k
@@ -304,7 +309,6 @@ class Method(Denoiser):
     """Block matching and 3D filtering, hard threshold then Wiener."""
 
     name = "bm3d"
-    label = "BM3D"
     paper = "dabov2007bm3d"
     supervision = "sigma"
     Config = Config

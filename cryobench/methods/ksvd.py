@@ -65,7 +65,6 @@ class Method(Denoiser):
     """K-SVD with one dictionary for the whole stack."""
 
     name = "ksvd"
-    label = "K-SVD"
     paper = "elad2006ksvd"
     supervision = "noisy"
     trained = True
