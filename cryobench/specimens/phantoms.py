@@ -5,7 +5,7 @@ and cytoplasm. They are made of ideal alpha helices, placed by hand, relaxed onc
 result is the table below), and joined by loops.
 
 Realistic: bonds and angles of the helices, heavy atoms per residue (7.7), mass per volume (within 4 % of TRPV1),
-and so projections and radial power spectra: each ring from 20 to 3.4 A within 25 % of TRPV1's per atom.
+and so projections and radial power spectra: each band from 20 to 3.4 A within 25 % of TRPV1's per atom.
 Not realistic: the fold is nobody's, there are no beta sheets, the sequence is random (drawn once, among side
 chains that do not clash: too much serine and cysteine), loops are smooth curves with rough bonds and angles,
 every atom has the same B-factor, and there is no lipid, detergent or sugar around.
