@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= quick
+JOBS ?= 2
 BOOK_TABLES ?= zhang2024 tang2022
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -9,7 +10,7 @@ READY := $(VENV)/.ready
 .PHONY: book test lab setup lint clean
 
 book: $(READY)
-	@$(BIN)/cryobench run $(BOOK_TABLES) --profile $(PROFILE)
+	@$(BIN)/cryobench run $(BOOK_TABLES) --profile $(PROFILE) --jobs $(JOBS)
 	@$(BIN)/cryobench book --profile $(PROFILE)
 	@$(BIN)/cryobench table $(BOOK_TABLES) --profile $(PROFILE)
 

@@ -1,22 +1,23 @@
 """BM3D: blocks that look alike are stacked, and the stack is shrunk in a transform where the image is sparse.
 
-K. Dabov, A. Foi, V. Katkovnik, K. Egiazarian, IEEE Trans. Image Process. 16:2080 (2007), with its parameters
-for heavy noise (table I, sigma > 40). What differs, each time because it is better or much faster on
-particle images at SNR 0.05 to 1:
+K. Dabov, A. Foi, V. Katkovnik, K. Egiazarian, IEEE Trans. Image Process. 16:2080 (2007), from its parameters
+for heavy noise (sigma > 40 of 255). What differs is better or faster on particle images at SNR 0.05 to 1:
 
 * Reference blocks *and* candidates lie on one grid of ``step`` pixels. Neighbours one pixel apart share
-  nearly all their noise, which makes them look alike whatever the image; a coarse grid hardly has such pairs.
-* Blocks of a group that overlap share noise. The variance of each coefficient of a group follows from the
-  overlaps (Makinen, Azzari, Foi, IEEE Trans. Image Process. 29:8339, 2020, section III) instead of sigma^2.
+  nearly all their noise, which makes them look alike whatever the image; a coarse grid has few such pairs.
+* Blocks of a group that overlap share noise: the variance of the coarse coefficients of a group follows from
+  the overlaps (Makinen, Azzari, Foi, IEEE Trans. Image Process. 29:8339, 2020) instead of being sigma^2.
 * Every group is full: no limit on the distance, hence nothing that depends on the grey scale.
-* Distances in step 1 are plain: coefficients are not thresholded first (``lambda_2D``).
+* Distances of step 1 are plain: no threshold on the coefficients before (``lambda_2D``).
 
 All blocks are transformed by two matrix products, and put back by two.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,27 +30,26 @@ from cryobench.methods.noise_level import corner_mask
 
 @dataclass(frozen=True)
 class Config:
-    """Names of the paper in brackets; lengths in pixels, levels in units of sigma.
+    """Symbols of the paper in brackets; lengths in pixels, levels in units of sigma.
 
     block_basic, block_wiener: sides of the square blocks of steps 1 and 2 (N1; the paper has 12 and 11).
     group_basic, group_wiener: blocks in a group, powers of two (N2).
-    step_basic, step_wiener: spacing of the blocks (N_step; the paper has 4 and 6, and candidates at every pixel).
-    window: side of the search window (N_S).
-    threshold: below it a coefficient of step 1 is noise (lambda_3D).
+    step: spacing of blocks (N_step; the paper has 4 and 6, with candidates at every pixel).
+    window: side of the search window (N_S; the paper has 39).
+    threshold: a smaller coefficient of step 1 is taken for noise (lambda_3D; the paper has 2.8).
     wiener_noise: noise variance assumed in step 2, in units of the true one (the paper has 1).
-    kaiser: shape of the window in which blocks are put back (beta).
+    kaiser: shape of the window under which blocks are put back (beta; the paper has 2).
     """
 
     block_basic: int = 12
     block_wiener: int = 10
     group_basic: int = 16
     group_wiener: int = 32
-    step_basic: int = 4
-    step_wiener: int = 4
-    window: int = 39
-    threshold: float = 2.8
-    wiener_noise: float = 0.7
-    kaiser: float = 2.0
+    step: int = 4
+    window: int = 63
+    threshold: float = 2.7
+    wiener_noise: float = 0.6
+    kaiser: float = 3.0
 
 
 #: Haar coefficients of a group, from the coarsest, whose noise is computed from the overlaps
@@ -136,7 +136,7 @@ def match_blocks(spectra: Tensor, rows: range, columns: range, group: int, reach
     return torch.stack(found).flatten(0, 1).transpose(0, 1)
 
 
-def coarse_variance(points: Tensor, grid_w: int, block: int, gaps: tuple[int, ...], haar: Tensor) -> Tensor:
+def coarse_variance(points: Tensor, grid_w: int, block: int, gaps: list[int], haar: Tensor) -> Tensor:
     """Noise variance of the coarsest Haar coefficients of groups whose blocks overlap, for white noise of variance 1.
 
     points: (group, m) flat grid indices. gaps: pixels between grid points along y and x.
@@ -154,30 +154,16 @@ def coarse_variance(points: Tensor, grid_w: int, block: int, gaps: tuple[int, ..
     weights = haar[:coarse, None].expand(coarse, m, group)
     drawn = torch.zeros(coarse, m, width * width, device=points.device)
     drawn.scatter_(2, (y * width + x).T.expand(coarse, m, group), weights)
-    pairs, shared = [], []
-    for dy in range(overlap_y + 1):
-        for dx in range(-overlap_x, overlap_x + 1):
-            shift = dy * width + dx
-            if shift > 0:
-                pairs.append(2 * (drawn[..., shift:] * drawn[..., :-shift]).sum(-1))
-                along_y = (dct[:, dy * gaps[0] :] * dct[:, : block - dy * gaps[0]]).sum(1)
-                along_x = (dct[:, abs(dx) * gaps[1] :] * dct[:, : block - abs(dx) * gaps[1]]).sum(1)
-                shared.append((along_y[:, None] * along_x).flatten())
-    if not pairs:
-        return torch.ones(coarse, m, block * block, device=points.device)
-    return (1 + torch.stack(pairs, -1) @ torch.stack(shared)).clamp(min=0.02)
-
-
-def _sizes(h: int, w: int, grid_h: int, grid_w: int, wiener: bool, config: Config) -> tuple[int, int, int]:
-    """Side of a block, blocks in a group, grid points searched each way: smaller where the image is small."""
-    block, group, step = (
-        (config.block_wiener, config.group_wiener, config.step_wiener)
-        if wiener
-        else (config.block_basic, config.group_basic, config.step_basic)
-    )
-    reach = max(1, round(config.window / 2 / step))
-    candidates = search_start(grid_h, reach)[1] * search_start(grid_w, reach)[1]
-    return min(block, h, w), min(group, 2 ** int(math.log2(candidates))), reach
+    pairs = [torch.ones(coarse, m, device=points.device)]  # of every block with itself
+    shared = [torch.ones(block * block, device=points.device)]
+    for dy, dx in itertools.product(range(overlap_y + 1), range(-overlap_x, overlap_x + 1)):
+        shift = dy * width + dx
+        if shift > 0:
+            pairs.append(2 * (drawn[..., shift:] * drawn[..., :-shift]).sum(-1))
+            along_y = (dct[:, dy * gaps[0] :] * dct[:, : block - dy * gaps[0]]).sum(1)
+            along_x = (dct[:, abs(dx) * gaps[1] :] * dct[:, : block - abs(dx) * gaps[1]]).sum(1)
+            shared.append((along_y[:, None] * along_x).flatten())
+    return (torch.stack(pairs, -1) @ torch.stack(shared)).clamp(min=0.02)
 
 
 def _shrink(group: Tensor, pilot: Tensor | None, variance: Tensor, config: Config) -> tuple[Tensor, Tensor]:
@@ -198,16 +184,22 @@ def _shrink(group: Tensor, pilot: Tensor | None, variance: Tensor, config: Confi
 
 
 def _filter_tile(
-    images: Tensor, pilot: Tensor | None, grid: tuple[Tensor, Tensor], refs: tuple[range, range], config: Config
+    images: Tensor,
+    pilot: Tensor | None,
+    grid: tuple[Tensor, Tensor],
+    refs: tuple[range, range],
+    sizes: tuple[int, int, int],
+    config: Config,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the shrunk blocks of a tile (eq. 14), and the sum of the weights, both (n, h, w).
+    """Weighted sum of the shrunk blocks of a tile, and the sum of the weights (eq. 12), both (n, h, w).
 
-    grid: first pixels of the blocks along y and x. refs: which of them are references.
+    grid: first pixels of the blocks along y and x; refs: which of them are references;
+    sizes: side of a block, blocks in a group, reach of the search in grid points.
     """
     n, h, w = images.shape
     rows, columns = grid
-    block, group, reach = _sizes(h, w, len(rows), len(columns), pilot is not None, config)
-    gaps = tuple(round(float(p[-1] - p[0]) / (len(p) - 1)) if len(p) > 1 else block for p in grid)
+    block, group, reach = sizes
+    gaps = [round(float(p[-1] - p[0]) / (len(p) - 1)) if len(p) > 1 else block for p in grid]
     spectra = block_spectra(images, rows, columns, block)
     pilot_spectra = None if pilot is None else block_spectra(pilot, rows, columns, block)
     points = match_blocks(spectra if pilot_spectra is None else pilot_spectra, *refs, group, reach)
@@ -221,9 +213,8 @@ def _filter_tile(
     def stack(values: Tensor) -> Tensor:
         return (haar @ values.view(-1, block * block)[flat].view(group, -1)).view(group, m, -1)
 
-    shrunk, weight = _shrink(
-        stack(spectra), None if pilot_spectra is None else stack(pilot_spectra), variance, config
-    )
+    gains_from = None if pilot_spectra is None else stack(pilot_spectra)
+    shrunk, weight = _shrink(stack(spectra), gains_from, variance, config)
     shrunk = haar.T @ shrunk.mul_(weight[:, None]).view(group, -1)
     total = torch.zeros_like(spectra).view(-1, block * block)
     total.index_add_(0, flat, shrunk.view(-1, block * block))
@@ -239,40 +230,47 @@ def _filter_tile(
     return summed, block_matrix(h, rows, kaiser[None]).T @ weights @ block_matrix(w, columns, kaiser[None])
 
 
+def _grid(images: Tensor, block: int, config: Config) -> tuple[Tensor, Tensor, int]:
+    """First pixels of the blocks along y and x, and how many grid points the search goes each way."""
+    rows, columns = (grid_positions(size, block, config.step).to(images.device) for size in images.shape[1:])
+    return rows, columns, max(1, round(config.window / 2 / config.step))
+
+
+def _tiles(grid: Tensor, reach: int, most: int = 32) -> Iterator[tuple[Tensor, range]]:
+    """Grid points in reach of ``most`` references at a time, and which of them are those references."""
+    start, width = search_start(len(grid), reach)
+    for first in range(0, len(grid), most):
+        last = min(first + most, len(grid))
+        low = int(start[first])
+        yield grid[low : int(start[last - 1]) + width], range(first - low, last - low)
+
+
 def _estimate(images: Tensor, pilot: Tensor | None, config: Config) -> Tensor:
     """One step of BM3D on images (n, h, w) of noise level 1, by tiles of images and of reference blocks."""
-    n, h, w = images.shape
-    step = config.step_basic if pilot is None else config.step_wiener
-    block = min(config.block_basic if pilot is None else config.block_wiener, h, w)
-    grid_y, grid_x = (grid_positions(size, block, step).to(images.device) for size in (h, w))
-    block, group, reach = _sizes(h, w, len(grid_y), len(grid_x), pilot is not None, config)
-    (start_y, height), (start_x, width) = (search_start(len(p), reach) for p in (grid_y, grid_x))
+    block, group = config.block_basic, config.group_basic
+    if pilot is not None:
+        block, group = config.block_wiener, config.group_wiener
+    block = min(block, *images.shape[1:])
+    rows, columns, reach = _grid(images, block, config)
+    tiles = list(itertools.product(_tiles(rows, reach), _tiles(columns, reach)))
+    group = min(group, 2 ** int(math.log2(search_start(len(rows), reach)[1] * search_start(len(columns), reach)[1])))
     # groups of about 16 MB stay in a CPU's cache; a GPU wants much more at once
-    tile = 32
-    values = min(tile, len(grid_y)) * min(tile, len(grid_x)) * group * block**2
+    values = max(len(y) * len(x) for (_, y), (_, x) in tiles) * group * block**2
     at_once = max(1, 2 ** (27 if images.is_cuda else 22) // values)
 
     summed, weights = torch.zeros_like(images), torch.zeros_like(images)
-    for i in range(0, n, at_once):
-        for y in range(0, len(grid_y), tile):
-            for x in range(0, len(grid_x), tile):
-                y1, x1 = min(y + tile, len(grid_y)), min(x + tile, len(grid_x))
-                top, left = int(start_y[y]), int(start_x[x])
-                rows, columns = grid_y[top : start_y[y1 - 1] + height], grid_x[left : start_x[x1 - 1] + width]
-                part = (
-                    slice(i, i + at_once),
-                    slice(int(rows[0]), int(rows[-1]) + block),
-                    slice(int(columns[0]), int(columns[-1]) + block),
-                )
-                s, k = _filter_tile(
-                    images[part],
-                    None if pilot is None else pilot[part],
-                    (rows - rows[0], columns - columns[0]),
-                    (range(y - top, y1 - top), range(x - left, x1 - left)),
-                    config,
-                )
-                summed[part] += s
-                weights[part] += k
+    for i, ((y, ref_y), (x, ref_x)) in itertools.product(range(0, len(images), at_once), tiles):
+        part = slice(i, i + at_once), slice(int(y[0]), int(y[-1]) + block), slice(int(x[0]), int(x[-1]) + block)
+        s, k = _filter_tile(
+            images[part],
+            None if pilot is None else pilot[part],
+            (y - y[0], x - x[0]),
+            (ref_y, ref_x),
+            (block, group, reach),
+            config,
+        )
+        summed[part] += s
+        weights[part] += k
     return summed / weights
 
 
@@ -288,6 +286,20 @@ def basic_estimate(images: Tensor, sigma: float, config: Config = Config()) -> T
     """Step 1 alone: groups matched in the noisy images (n, h, w), hard threshold. Same units and shape."""
     scaled, background = _scaled(images, sigma)
     return _estimate(scaled, None, config) * sigma + background
+
+
+def similar_blocks(image: Tensor, row: int, column: int, config: Config = Config()) -> Tensor:
+    """The group of step 1 of the block nearest to a pixel: first pixels (group, 2) as (row, column), itself first.
+
+    image: (h, w). For figures; the filter itself matches all blocks at once.
+    """
+    block = min(config.block_basic, *image.shape)
+    rows, columns, reach = _grid(image[None], block, config)
+    y, x = (int((p + block // 2 - at).abs().argmin()) for p, at in ((rows, row), (columns, column)))
+    group = min(config.group_basic, search_start(len(rows), reach)[1] * search_start(len(columns), reach)[1])
+    spectra = block_spectra(image[None], rows, columns, block)
+    points = match_blocks(spectra, range(y, y + 1), range(x, x + 1), group, reach)[0, 0]
+    return torch.stack([rows[points // len(columns)], columns[points % len(columns)]], -1)
 
 
 def bm3d(images: Tensor, sigma: float, config: Config = Config()) -> Tensor:
