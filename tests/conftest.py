@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+# threads that wait asleep: many times faster where the machine is shared (read when torch is imported)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

@@ -158,3 +158,33 @@ def test_a_traceback_only_with_debug(tmp_path):
 def test_simulations_refuse_nonsense():
     with pytest.raises(Exception, match="positive"):
         Simulation(32, -1.0)
+
+
+def test_weights_are_saved_and_used_again(stack, tmp_path):
+    first, second = tmp_path / "a.mrcs", tmp_path / "b.mrcs"
+    common = ["denoise", str(stack), "-m", "dncnn", "--profile", "smoke"]
+    weights = str(tmp_path / "w")
+    even = tmp_path / "even.mrcs"
+    assert main(["simulate", "channel", "-o", str(even), "-n", "40", "--size", "32"]) == 0
+    assert main([*common, "-o", str(first), "--train-on", str(even), "--save-weights", weights]) == 0
+    assert main([*common, "-o", str(second), "--weights", weights]) == 0
+    assert (read_mrc(first)[0] == read_mrc(second)[0]).all()
+
+
+def test_a_method_that_learns_from_noisy_images_uses_the_input(stack, tmp_path):
+    out = tmp_path / "k.mrcs"
+    assert main(["denoise", str(stack), "-m", "ksvd", "-o", str(out), "--profile", "smoke"]) == 0
+    assert read_mrc(out)[0].shape == (12, 33, 33)
+
+
+def test_reconstruct_and_fsc_find_the_structure_again(tmp_path, capsys):
+    path = tmp_path / "s.mrcs"
+    assert main(["simulate", "channel", "-o", str(path), "-n", "300", "--size", "32", "--ctf"]) == 0
+    star = str(tmp_path / "s_clean.star")
+    assert main(["reconstruct", star, "-o", str(tmp_path / "m.mrc"), "--symmetry", "C4"]) == 0
+    capsys.readouterr()
+    halves = sorted(str(p) for p in tmp_path.glob("m*half*.mrc"))
+    assert len(halves) == 2
+    assert main(["fsc", *halves, "--json"]) == 0
+    curve = json.loads(capsys.readouterr().out)["fsc"]
+    assert min(curve[1:10]) > 0.95
