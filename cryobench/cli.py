@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from cryobench import __version__
@@ -136,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     names = {"list": "list_things", "new-method": "new_method"}
     handler = getattr(commands, names.get(args.command, args.command))
+    shown = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"cryobench: warning: {message}\n"
     try:
         return int(handler(args) or 0)
     except CryobenchError as error:
@@ -151,4 +154,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         print(f"cryobench: {error or type(error).__name__}", file=sys.stderr)
+    finally:
+        warnings.formatwarning = shown
     return 1

@@ -111,7 +111,9 @@ def test_bad_input_gives_one_line_exit_1_and_no_output(stack, tmp_path, capsys):
     assert ".mrcs" in failing(capsys, "denoise", stack, "-m", "mean", "-o", tmp_path / "o.png")
     assert "folder" in failing(capsys, "denoise", stack, "-m", "mean", "-o", tmp_path / "no" / "o.mrcs")
     assert "--sigma" in failing(capsys, "denoise", stack, "-m", "mean", "-o", out, "--sigma", "-1")
-    assert "_clean" in failing(capsys, "denoise", stack, "-m", "dncnn", "-o", out, "--train-on", broken)
+    alone = tmp_path / "alone.mrcs"
+    alone.write_bytes(stack.read_bytes())
+    assert "_clean" in failing(capsys, "denoise", stack, "-m", "dncnn", "-o", out, "--train-on", alone)
     assert "channel" in failing(capsys, "simulate", "chanel", "-o", out)
     assert "SNR" in failing(capsys, "simulate", "channel", "-o", out, "--snr", "0", "--size", "33")
     assert "8" in failing(capsys, "simulate", "channel", "-o", out, "--size", "4")
@@ -126,6 +128,20 @@ def test_bad_input_gives_one_line_exit_1_and_no_output(stack, tmp_path, capsys):
 def write_small(folder):
     write_mrc(folder / "small.mrcs", np.ones((2, 5, 7), np.float32) * [[[0], [1], [0], [1], [0]]], 2.0)
     return folder / "small.mrcs"
+
+
+def test_a_doubtful_pixel_size_is_said_in_one_line(tmp_path):
+    path = tmp_path / "one.mrcs"
+    write_mrc(path, np.random.default_rng(0).standard_normal((2, 16, 16)).astype(np.float32), 1.0)
+    data = bytearray(path.read_bytes())
+    data[220:1024] = bytes(804)  # no label: nothing says that somebody meant it
+    path.write_bytes(data)
+    command = [sys.executable, "-m", "cryobench", "denoise", str(path), "-m", "mean", "-o", str(tmp_path / "o.mrcs")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    lines = done.stderr.splitlines()
+    assert sum("pixel size" in line for line in lines) == 1
+    assert not any(".py:" in line for line in lines)
 
 
 def test_wrong_usage_is_exit_code_2(capsys):
