@@ -33,7 +33,7 @@ class Config:
     """Symbols of the paper in brackets; lengths in pixels, levels in units of sigma.
 
     block_basic, block_wiener: sides of the square blocks of steps 1 and 2 (N1; the paper has 12 and 11).
-    group_basic, group_wiener: blocks in a group, powers of two (N2).
+    group_basic, group_wiener: blocks in a group, powers of two (N2; the paper has 16 and 32).
     step: spacing of blocks (N_step; the paper has 4 and 6, with candidates at every pixel).
     window: side of the search window (N_S; the paper has 39).
     threshold: a smaller coefficient of step 1 is taken for noise (lambda_3D; the paper has 2.8).
@@ -44,7 +44,7 @@ class Config:
     block_basic: int = 12
     block_wiener: int = 10
     group_basic: int = 16
-    group_wiener: int = 32
+    group_wiener: int = 16
     step: int = 4
     window: int = 63
     threshold: float = 2.7
@@ -140,47 +140,43 @@ def coarse_variance(points: Tensor, grid_w: int, block: int, gaps: list[int], ha
     """Noise variance of the coarsest Haar coefficients of groups whose blocks overlap, for white noise of variance 1.
 
     points: (group, m) flat grid indices. gaps: pixels between grid points along y and x.
-    Returns (coarse, m, block^2): sum over pairs of blocks of the Haar weights times the autocorrelation
+    Returns (coarse, m, block^2): sum over pairs of blocks of their Haar weights times the autocorrelation
     of the DCT function at their displacement; 1 where no two blocks overlap.
     """
     dct = dct_matrix(block).to(points.device)
-    group, m = points.shape
-    coarse = min(COARSE, group)
-    y, x = points // grid_w, points % grid_w
-    y, x = y - y.amin(0), x - x.amin(0)
-    overlap_y, overlap_x = ((block - 1) // gap for gap in gaps)
-    width = int(max(y.max(), x.max())) + 1 + max(overlap_y, overlap_x)
-    # Haar weights drawn on a small map of the window: pairs at one displacement are a product with the shifted map
-    weights = haar[:coarse, None].expand(coarse, m, group)
-    drawn = torch.zeros(coarse, m, width * width, device=points.device)
-    drawn.scatter_(2, (y * width + x).T.expand(coarse, m, group), weights)
-    pairs = [torch.ones(coarse, m, device=points.device)]  # of every block with itself
-    shared = [torch.ones(block * block, device=points.device)]
-    for dy, dx in itertools.product(range(overlap_y + 1), range(-overlap_x, overlap_x + 1)):
-        shift = dy * width + dx
-        if shift > 0:
-            pairs.append(2 * (drawn[..., shift:] * drawn[..., :-shift]).sum(-1))
-            along_y = (dct[:, dy * gaps[0] :] * dct[:, : block - dy * gaps[0]]).sum(1)
-            along_x = (dct[:, abs(dx) * gaps[1] :] * dct[:, : block - abs(dx) * gaps[1]]).sum(1)
-            shared.append((along_y[:, None] * along_x).flatten())
-    return (torch.stack(pairs, -1) @ torch.stack(shared)).clamp(min=0.02)
+    coarse = haar[:COARSE]
+    i, j = torch.triu_indices(*haar.shape, 1, device=points.device)
+    y, x = points.int() // grid_w, points.int() % grid_w
+    dy, dx = (y[i] - y[j]).abs(), (x[i] - x[j]).abs()  # (pairs, m)
+    weights = 2 * coarse[:, i] * coarse[:, j]
+    last_y, last_x = ((block - 1) // gap for gap in gaps)
+    displacement = torch.where((dy <= last_y) & (dx <= last_x), dy * (last_x + 1) + dx, 0).to(torch.uint8)
+    variance = torch.ones(len(coarse), points.shape[1], block * block, device=points.device)
+    for k in range(1, (last_y + 1) * (last_x + 1)):
+        shift_y, shift_x = k // (last_x + 1) * gaps[0], k % (last_x + 1) * gaps[1]
+        along_y = (dct[:, shift_y:] * dct[:, : block - shift_y]).sum(1)
+        along_x = (dct[:, shift_x:] * dct[:, : block - shift_x]).sum(1)
+        pairs = weights @ (displacement == k).float()  # (coarse, m)
+        variance += pairs[..., None] * (along_y[:, None] * along_x).flatten()
+    return variance.clamp_(min=0.02)
 
 
 def _shrink(group: Tensor, pilot: Tensor | None, variance: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """Shrink Haar spectra (group, m, k) of groups; returns them and the weight of each group (m,).
 
-    Hard threshold (eq. 8, 10) without a pilot, empirical Wiener filter (eq. 11 to 13) with the pilot's spectra.
+    Hard threshold (eq. 8, 10) without a pilot, empirical Wiener filter (eq. 9, 11) with the pilot's spectra.
     """
     coarse = len(variance)
     if pilot is None:
         gain = (group.abs() > config.threshold).float()
         gain[:coarse] = (group[:coarse].square() > config.threshold**2 * variance).float()
     else:
-        power = pilot.square_()
-        gain = power / (power + config.wiener_noise)
-        gain[:coarse] = power[:coarse] / (power[:coarse] + config.wiener_noise * variance)
-    kept = gain.square().sum((0, 2)) + (gain[:coarse].square() * (variance - 1)).sum((0, 2))
-    return group.mul_(gain), 1 / kept.clamp(min=0.1)
+        gain = pilot.square_()
+        gain[:coarse] /= variance
+        gain /= gain + config.wiener_noise
+    left = torch.linalg.vector_norm(gain[:coarse] * variance.sqrt(), dim=(0, 2)).square()
+    left += torch.linalg.vector_norm(gain[coarse:], dim=(0, 2)).square()
+    return group.mul_(gain), 1 / left.clamp(min=0.1)
 
 
 def _filter_tile(
