@@ -82,4 +82,5 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], threads: i
         partial.replace(output)
     if process.returncode:
         lines = [line for line in errors.splitlines() if line.strip()]
-        raise NotebookError(lines[-1].strip() if lines else f"papermill ended with {process.returncode}")
+        reason = lines[-1].strip() if lines else f"papermill ended with {process.returncode}"
+        raise NotebookError(f"{notebook.name}: {reason}")
