@@ -62,10 +62,10 @@ def build_book(profile: str, results: Path, output: Path | None, say: Callable[[
 
 
 def _runs(results: Path, profile: str) -> dict[str, list[Path]]:
-    """Executed notebooks that have a record, by method, the table's own order of specimens first."""
+    """Executed notebooks that have a record, by method; the first of each becomes the chapter."""
     found: dict[str, list[Path]] = {}
     for table in table_names():
-        specimens = list(load_table(table).specimens)
+        order = {s: k for k, s in enumerate(load_table(table).specimens)}
         for path in sorted((results / table / profile).glob("*.json")):
             try:
                 record = read_record(path)
@@ -73,9 +73,10 @@ def _runs(results: Path, profile: str) -> dict[str, list[Path]]:
                 continue
             if record["status"] == "done" and path.with_suffix(".ipynb").exists():
                 found.setdefault(record["method"], []).append(path.with_suffix(".ipynb"))
-        for paths in found.values():
-            order = {s: k for k, s in enumerate(specimens)}
-            paths.sort(key=lambda p: (p.parent.parent.name, order.get(p.name.split("__")[0], 99), p.name))
+        for method, paths in found.items():
+            # the chapter shows the run that the notebook's own parameters name, if it was made
+            own = parameters_of(notebook_of(method)).get("table")
+            paths.sort(key=lambda p: (p.parent.parent.name != own, order.get(p.name.split("__")[0], 99), p.name))
     return found
 
 
@@ -146,7 +147,11 @@ def _place(executed: Path, current: Path, target: Path, title: str = "") -> None
     """Outputs of the run under the prose of today; title replaces the chapter's own on pages of single runs."""
     book, source = (json.loads(p.read_text()) for p in (executed, current))
     prose = [c for c in source["cells"] if c["cell_type"] == "markdown"]
-    cells = [c for c in book["cells"] if "injected-parameters" not in c["metadata"].get("tags", [])]
+    given = next((c for c in book["cells"] if "injected-parameters" in c["metadata"].get("tags", [])), None)
+    cells = [c for c in book["cells"] if c is not given]
+    for cell in cells:
+        if given and "parameters" in cell["metadata"].get("tags", []):
+            cell["source"] = _merged(cell["source"], given["source"])
     shown = [c for c in cells if c["cell_type"] == "markdown"]
     if len(prose) == len(shown):
         for cell, text in zip(shown, prose, strict=True):
@@ -159,6 +164,14 @@ def _place(executed: Path, current: Path, target: Path, title: str = "") -> None
     book["metadata"] = {k: v for k, v in book["metadata"].items() if k in ("kernelspec", "language_info")}
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(book))
+
+
+def _merged(defaults: str | list[str], given: str | list[str]) -> str:
+    """The cell of default parameters with the values of the run; where its records went is nobody's business."""
+    values = dict(line.split(" = ", 1) for line in "".join(given).splitlines() if " = " in line)
+    values.pop("results", None)
+    lines = "".join(defaults).splitlines()
+    return "\n".join(f"{name} = {values[name]}" if (name := line.split(" = ")[0]) in values else line for line in lines)
 
 
 def _sphinx(source: Path, output: Path) -> None:

@@ -20,7 +20,7 @@ def show_tables(
     return HTML("\n".join(parts))
 
 
-def show_rows(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]], caption: str = "") -> HTML:
+def show_rows(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> HTML:
     """Plain rows as a table; columns: key -> (heading, format), in order."""
     head = "".join(f"<th>{html.escape(title)}</th>" for title, _ in columns.values())
     body = []
@@ -31,6 +31,5 @@ def show_rows(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, tuple[str
             text = "-" if value is None else format(value, style) if style else str(value)
             cells.append(f"<td>{html.escape(text)}</td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
-    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     table = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
-    return HTML(f'<table class="cryobench">{title}{table}</table>')
+    return HTML(f'<div class="cryobench"><table class="cryobench">{table}</table></div>')

@@ -221,8 +221,8 @@ def _html(title: str, columns: list[Column], rows: list[dict[str, Any]], runs: s
             shown[0] = f'<a href="{html.escape(page)}" title="the executed notebook">{shown[0]}</a>'
         lines.append("<tr>" + "".join(f"<td>{text}</td>" for text in shown) + "</tr>")
     body = "\n".join(lines)
-    caption = f"<caption>{html.escape(title)}</caption>"
-    return f'<table class="cryobench">{caption}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>'
+    table = f'<table class="cryobench">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>'
+    return f'<p class="cryobench-title">{html.escape(title)}</p>\n<div class="cryobench">{table}</div>'
 
 
 def _latex(title: str, columns: list[Column], rows: list[dict[str, Any]]) -> str:
