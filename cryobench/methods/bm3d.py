@@ -7,8 +7,7 @@ for heavy noise (sigma > 40 of 255). What differs is better or faster on particl
   nearly all their noise, which makes them look alike whatever the image; a coarse grid has few such pairs.
 * Blocks of a group that overlap share noise: the variance of the coarse coefficients of a group follows from
   the overlaps (Makinen, Azzari, Foi, IEEE Trans. Image Process. 29:8339, 2020) instead of being sigma^2.
-* Every group is full: no limit on the distance, hence nothing that depends on the grey scale.
-* Distances of step 1 are plain: no threshold on the coefficients before (``lambda_2D``).
+* Every group is full (no limit on the distance), and distances of step 1 are plain (no ``lambda_2D``).
 
 All blocks are transformed by two matrix products, and put back by two.
 """
@@ -82,11 +81,9 @@ def grid_positions(length: int, block: int, step: int) -> Tensor:
 
 def block_matrix(length: int, positions: Tensor, basis: Tensor) -> Tensor:
     """Matrix (len(positions) * k, length) that takes a line of pixels to ``basis`` (k, block) of each block."""
-    k, block = basis.shape
-    matrix = torch.zeros(len(positions), length, k, device=positions.device)
-    pixels = positions[:, None] + torch.arange(block, device=positions.device)
-    matrix[torch.arange(len(positions), device=positions.device)[:, None], pixels] = basis.T.to(positions.device)
-    return matrix.transpose(1, 2).reshape(-1, length)
+    pixels = positions[:, None] + torch.arange(basis.shape[1], device=positions.device)
+    picked = torch.eye(length, device=positions.device)[pixels]  # (positions, block, length)
+    return (basis.to(positions.device) @ picked).reshape(-1, length)
 
 
 def block_spectra(images: Tensor, rows: Tensor, columns: Tensor, block: int) -> Tensor:
@@ -105,7 +102,7 @@ def search_start(count: int, reach: int) -> tuple[Tensor, int]:
 
 
 def match_blocks(spectra: Tensor, rows: range, columns: range, group: int, reach: int) -> Tensor:
-    """The blocks nearest to each reference block in squared distance, the block itself first (eq. 7).
+    """The blocks nearest to each reference block in squared distance, the block itself first.
 
     spectra: (n, grid rows, grid columns, k), any orthonormal coefficients of the blocks.
     rows, columns: grid points of the reference blocks. reach: how many grid points the search goes each way.
@@ -113,15 +110,12 @@ def match_blocks(spectra: Tensor, rows: range, columns: range, group: int, reach
     """
     n, grid_h, grid_w, _ = spectra.shape
     energy = spectra.square().sum(-1)
-    top, height = search_start(grid_h, reach)
-    start, width = search_start(grid_w, reach)
+    (top, height), (start, width) = search_start(grid_h, reach), search_start(grid_w, reach)
     here = torch.arange(len(columns), device=spectra.device)
-    reference = torch.arange(columns.start, columns.stop, device=spectra.device)
-    left = start.to(spectra.device)[reference]
+    left = start.to(spectra.device)[columns.start + here]
     found = []
     for y in rows:
-        y0 = int(top[y])
-        band = slice(y0, y0 + height)
+        band = slice(y0 := int(top[y]), y0 + height)
         # |a - b|^2 without |a|^2, which is the same for all candidates b of a
         distance = torch.baddbmm(
             energy[:, band].reshape(n, 1, -1),
@@ -130,7 +124,7 @@ def match_blocks(spectra: Tensor, rows: range, columns: range, group: int, reach
             alpha=-2,
         ).view(n, len(columns), height, grid_w)
         distance = distance.unfold(3, width, 1)[:, here, :, left].flatten(2)  # (columns, n, height * width)
-        distance[here, :, (y - y0) * width + reference - left] = -torch.inf
+        distance[here, :, (y - y0) * width + columns.start + here - left] = -torch.inf
         nearest = distance.topk(group, largest=False).indices
         found.append((nearest // width + y0) * grid_w + nearest % width + left[:, None, None])
     return torch.stack(found).flatten(0, 1).transpose(0, 1)
@@ -145,7 +139,7 @@ def coarse_variance(points: Tensor, grid_w: int, block: int, gaps: list[int], ha
     """
     dct = dct_matrix(block).to(points.device)
     coarse = haar[:COARSE]
-    i, j = torch.triu_indices(*haar.shape, 1, device=points.device)
+    i, j = torch.triu_indices(len(haar), len(haar), offset=1, device=points.device)
     y, x = points.int() // grid_w, points.int() % grid_w
     dy, dx = (y[i] - y[j]).abs(), (x[i] - x[j]).abs()  # (pairs, m)
     weights = 2 * coarse[:, i] * coarse[:, j]
@@ -164,7 +158,7 @@ def coarse_variance(points: Tensor, grid_w: int, block: int, gaps: list[int], ha
 def _shrink(group: Tensor, pilot: Tensor | None, variance: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """Shrink Haar spectra (group, m, k) of groups; returns them and the weight of each group (m,).
 
-    Hard threshold (eq. 8, 10) without a pilot, empirical Wiener filter (eq. 9, 11) with the pilot's spectra.
+    Hard threshold without a pilot, empirical Wiener filter with the pilot's spectra.
     """
     coarse = len(variance)
     if pilot is None:
@@ -180,14 +174,9 @@ def _shrink(group: Tensor, pilot: Tensor | None, variance: Tensor, config: Confi
 
 
 def _filter_tile(
-    images: Tensor,
-    pilot: Tensor | None,
-    grid: tuple[Tensor, Tensor],
-    refs: tuple[range, range],
-    sizes: tuple[int, int, int],
-    config: Config,
+    images: Tensor, pilot: Tensor | None, grid: list[Tensor], refs: list[range], sizes: list[int], config: Config
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the shrunk blocks of a tile, and the sum of the weights (eq. 12), both (n, h, w).
+    """Weighted sum of the shrunk blocks of a tile, and the sum of the weights, both (n, h, w).
 
     grid: first pixels of the blocks along y and x; refs: which of them are references;
     sizes: side of a block, blocks in a group, reach of the search in grid points.
@@ -198,11 +187,10 @@ def _filter_tile(
     gaps = [round(float(p[-1] - p[0]) / (len(p) - 1)) if len(p) > 1 else block for p in grid]
     spectra = block_spectra(images, rows, columns, block)
     pilot_spectra = None if pilot is None else block_spectra(pilot, rows, columns, block)
-    points = match_blocks(spectra if pilot_spectra is None else pilot_spectra, *refs, group, reach)
+    points = match_blocks(spectra if pilot_spectra is None else pilot_spectra, refs[0], refs[1], group, reach)
     m = n * points.shape[1]
-    first = torch.arange(n, device=images.device) * (len(rows) * len(columns))
-    flat = (points + first[:, None, None]).reshape(m, group).T.flatten()  # the group is the slowest index
-
+    first = torch.arange(n, device=images.device)[:, None, None] * (len(rows) * len(columns))
+    flat = (points + first).reshape(m, group).T.flatten()  # the group is the slowest index
     haar = haar_matrix(group).to(images.device)
     variance = coarse_variance(points.reshape(m, group).T, len(columns), block, gaps, haar)
 
@@ -212,24 +200,25 @@ def _filter_tile(
     gains_from = None if pilot_spectra is None else stack(pilot_spectra)
     shrunk, weight = _shrink(stack(spectra), gains_from, variance, config)
     shrunk = haar.T @ shrunk.mul_(weight[:, None]).view(group, -1)
-    total = torch.zeros_like(spectra).view(-1, block * block)
-    total.index_add_(0, flat, shrunk.view(-1, block * block))
+    total = torch.zeros_like(spectra).view(-1, block**2).index_add_(0, flat, shrunk.view(-1, block**2))
     weights = torch.zeros(len(total), device=images.device).index_add_(0, flat, weight.repeat(group))
 
     # blocks go back through the same matrices, transposed, under the Kaiser window
     kaiser = torch.kaiser_window(block, periodic=False, beta=config.kaiser)
     dct = dct_matrix(block) * kaiser
-    total = total.view(n, len(rows), len(columns), block, block).transpose(2, 3)
-    total = total.reshape(n, len(rows) * block, len(columns) * block)
+    total = total.view(n, len(rows), len(columns), block, block).transpose(2, 3).reshape(n, len(rows) * block, -1)
     summed = block_matrix(h, rows, dct).T @ total @ block_matrix(w, columns, dct)
     weights = weights.view(n, len(rows), len(columns))
     return summed, block_matrix(h, rows, kaiser[None]).T @ weights @ block_matrix(w, columns, kaiser[None])
 
 
-def _grid(images: Tensor, block: int, config: Config) -> tuple[Tensor, Tensor, int]:
-    """First pixels of the blocks along y and x, and how many grid points the search goes each way."""
+def _grid(images: Tensor, block: int, group: int, config: Config) -> tuple[Tensor, Tensor, list[int]]:
+    """First pixels of the blocks along y and x; block, group and reach of the search, smaller in small images."""
+    block = min(block, *images.shape[1:])
     rows, columns = (grid_positions(size, block, config.step).to(images.device) for size in images.shape[1:])
-    return rows, columns, max(1, round(config.window / 2 / config.step))
+    reach = max(1, round(config.window / 2 / config.step))
+    candidates = search_start(len(rows), reach)[1] * search_start(len(columns), reach)[1]
+    return rows, columns, [block, min(group, 2 ** int(math.log2(candidates))), reach]
 
 
 def _tiles(grid: Tensor, reach: int, most: int = 32) -> Iterator[tuple[Tensor, range]]:
@@ -243,13 +232,10 @@ def _tiles(grid: Tensor, reach: int, most: int = 32) -> Iterator[tuple[Tensor, r
 
 def _estimate(images: Tensor, pilot: Tensor | None, config: Config) -> Tensor:
     """One step of BM3D on images (n, h, w) of noise level 1, by tiles of images and of reference blocks."""
-    block, group = config.block_basic, config.group_basic
-    if pilot is not None:
-        block, group = config.block_wiener, config.group_wiener
-    block = min(block, *images.shape[1:])
-    rows, columns, reach = _grid(images, block, config)
+    basic, wiener = (config.block_basic, config.group_basic), (config.block_wiener, config.group_wiener)
+    side, most = basic if pilot is None else wiener
+    rows, columns, (block, group, reach) = _grid(images, side, most, config)
     tiles = list(itertools.product(_tiles(rows, reach), _tiles(columns, reach)))
-    group = min(group, 2 ** int(math.log2(search_start(len(rows), reach)[1] * search_start(len(columns), reach)[1])))
     # groups of about 16 MB stay in a CPU's cache; a GPU wants much more at once
     values = max(len(y) * len(x) for (_, y), (_, x) in tiles) * group * block**2
     at_once = max(1, 2 ** (27 if images.is_cuda else 22) // values)
@@ -257,14 +243,8 @@ def _estimate(images: Tensor, pilot: Tensor | None, config: Config) -> Tensor:
     summed, weights = torch.zeros_like(images), torch.zeros_like(images)
     for i, ((y, ref_y), (x, ref_x)) in itertools.product(range(0, len(images), at_once), tiles):
         part = slice(i, i + at_once), slice(int(y[0]), int(y[-1]) + block), slice(int(x[0]), int(x[-1]) + block)
-        s, k = _filter_tile(
-            images[part],
-            None if pilot is None else pilot[part],
-            (y - y[0], x - x[0]),
-            (ref_y, ref_x),
-            (block, group, reach),
-            config,
-        )
+        piece = None if pilot is None else pilot[part]
+        s, k = _filter_tile(images[part], piece, [y - y[0], x - x[0]], [ref_y, ref_x], [block, group, reach], config)
         summed[part] += s
         weights[part] += k
     return summed / weights
@@ -273,8 +253,7 @@ def _estimate(images: Tensor, pilot: Tensor | None, config: Config) -> Tensor:
 def _scaled(images: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
     """Images with background 0 and noise level 1, and the background that was taken off, (n, 1, 1)."""
     corners = corner_mask(images.shape[1], images.shape[2], images.device)
-    corners = corners if bool(corners.any()) else torch.ones_like(corners)
-    background = images[:, corners].mean(1)[:, None, None]
+    background = images[:, corners if corners.any() else ~corners].mean(1)[:, None, None]
     return (images - background) / sigma, background
 
 
@@ -285,14 +264,9 @@ def basic_estimate(images: Tensor, sigma: float, config: Config = Config()) -> T
 
 
 def similar_blocks(image: Tensor, row: int, column: int, config: Config = Config()) -> Tensor:
-    """The group of step 1 of the block nearest to a pixel: first pixels (group, 2) as (row, column), itself first.
-
-    image: (h, w). For figures; the filter itself matches all blocks at once.
-    """
-    block = min(config.block_basic, *image.shape)
-    rows, columns, reach = _grid(image[None], block, config)
+    """Group of step 1 around a pixel of an image (h, w): first (row, column) of its blocks, (group, 2), for figures."""
+    rows, columns, (block, group, reach) = _grid(image[None], config.block_basic, config.group_basic, config)
     y, x = (int((p + block // 2 - at).abs().argmin()) for p, at in ((rows, row), (columns, column)))
-    group = min(config.group_basic, search_start(len(rows), reach)[1] * search_start(len(columns), reach)[1])
     spectra = block_spectra(image[None], rows, columns, block)
     points = match_blocks(spectra, range(y, y + 1), range(x, x + 1), group, reach)[0, 0]
     return torch.stack([rows[points // len(columns)], columns[points % len(columns)]], -1)
