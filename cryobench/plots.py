@@ -34,7 +34,9 @@ def images(stacks: Mapping[str, Tensor], n: int = 5, limits: tuple[float, float]
 
     Grey values run over ``limits``; without them each row has its own, 0.5 % to 99.5 % of its values.
     """
-    n = min(n, *(len(s) for s in stacks.values()))
+    n = min([n, *(len(s) for s in stacks.values())])
+    if not n or not stacks:
+        return _figure(1, 1)[0]
     figure, axes = _figure(1.6 * n + 0.6, 1.65 * len(stacks), len(stacks), n)
     for row, (name, stack) in zip(axes, stacks.items(), strict=True):
         shown = stack[:n].cpu()

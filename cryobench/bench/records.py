@@ -22,6 +22,8 @@ from cryobench.errors import BadFileError
 from cryobench.paths import project_root
 
 VERSION = 1
+#: how many images of a run are kept beside its record
+SAMPLES = 6
 _STATISTIC = {
     "type": "object",
     "properties": {
@@ -87,6 +89,23 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_samples(path: Path, stacks: dict[str, np.ndarray]) -> None:
+    """A few images (n, h, w) of a run, float16, beside its record: RECORD.npz. Written before the record is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.part.npz")
+    small: dict[str, Any] = {k: v.astype(np.float16) for k, v in stacks.items()}
+    np.savez_compressed(partial, **small)
+    partial.replace(path.with_suffix(".npz"))
+
+
+def read_samples(path: Path) -> dict[str, np.ndarray]:
+    """What :func:`write_samples` wrote beside a record; empty where there is nothing."""
+    if not path.with_suffix(".npz").exists():
+        return {}
+    with np.load(path.with_suffix(".npz")) as file:
+        return {k: file[k].astype(np.float32) for k in file.files}
 
 
 def read_record(path: Path) -> dict[str, Any]:

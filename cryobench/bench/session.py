@@ -149,7 +149,10 @@ class Run:
             },
         }
         if self.results:
-            records.write_record(path_of(cell, Path(self.results)), record)
+            path = path_of(cell, Path(self.results))
+            stacks = {"clean": self.clean, "noisy": self.noisy, "denoised": self.denoise()}
+            records.write_samples(path, {k: v[: records.SAMPLES].numpy() for k, v in stacks.items()})
+            records.write_record(path, record)
         return record
 
 
