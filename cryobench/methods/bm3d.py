@@ -204,12 +204,11 @@ def _filter_tile(
     weights = torch.zeros(len(total), device=images.device).index_add_(0, flat, weight.repeat(group))
 
     # blocks go back through the same matrices, transposed, under the Kaiser window
-    kaiser = torch.kaiser_window(block, periodic=False, beta=config.kaiser)
+    kaiser = torch.kaiser_window(block, periodic=False, beta=config.kaiser)[None]
     dct = dct_matrix(block) * kaiser
     total = total.view(n, len(rows), len(columns), block, block).transpose(2, 3).reshape(n, len(rows) * block, -1)
     summed = block_matrix(h, rows, dct).T @ total @ block_matrix(w, columns, dct)
-    weights = weights.view(n, len(rows), len(columns))
-    return summed, block_matrix(h, rows, kaiser[None]).T @ weights @ block_matrix(w, columns, kaiser[None])
+    return summed, block_matrix(h, rows, kaiser).T @ weights.view(n, len(rows), -1) @ block_matrix(w, columns, kaiser)
 
 
 def _grid(images: Tensor, block: int, group: int, config: Config) -> tuple[Tensor, Tensor, list[int]]:
