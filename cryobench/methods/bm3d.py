@@ -8,8 +8,7 @@ for heavy noise (sigma > 40 of 255). What differs is better or faster on particl
 * Blocks of a group that overlap share noise: the variance of the coarse coefficients of a group follows from
   the overlaps (Makinen, Azzari, Foi, IEEE Trans. Image Process. 29:8339, 2020) instead of being sigma^2.
 * Every group is full (no limit on the distance), and distances of step 1 are plain (no ``lambda_2D``).
-
-All blocks are transformed by two matrix products, and put back by two.
+* Step 2 runs twice, the second time with its own result as pilot: 0.2 dB for half as much time again.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from cryobench.errors import CryobenchError
 from cryobench.methods.base import Denoiser
+from cryobench.methods.linear import dct_matrix
 from cryobench.methods.noise_level import corner_mask
 
 
@@ -34,7 +34,7 @@ class Config:
     block_basic, block_wiener: sides of the square blocks of steps 1 and 2 (N1; the paper has 12 and 11).
     group_basic, group_wiener: blocks in a group, powers of two (N2; the paper has 16 and 32).
     step: spacing of blocks (N_step; the paper has 4 and 6, with candidates at every pixel).
-    window: side of the search window (N_S; the paper has 39).
+    window: side of the search window (N_S; the paper has 39). wiener_passes: runs of step 2 (the paper has 1).
     threshold: a smaller coefficient of step 1 is taken for noise (lambda_3D; the paper has 2.8).
     wiener_noise: noise variance assumed in step 2, in units of the true one (the paper has 1).
     kaiser: shape of the window under which blocks are put back (beta; the paper has 2).
@@ -49,18 +49,11 @@ class Config:
     threshold: float = 2.7
     wiener_noise: float = 0.6
     kaiser: float = 3.0
+    wiener_passes: int = 2
 
 
 #: Haar coefficients of a group, from the coarsest, whose noise is computed from the overlaps
 COARSE = 4
-
-
-def dct_matrix(n: int) -> Tensor:
-    """Orthonormal DCT-II, shape (n, n): row k is the k-th cosine."""
-    k = torch.arange(n, dtype=torch.float64)
-    rows = torch.cos(math.pi / n * k[:, None] * (k + 0.5)) * math.sqrt(2 / n)
-    rows[0] /= math.sqrt(2)
-    return rows.float()
 
 
 def haar_matrix(n: int) -> Tensor:
@@ -82,8 +75,7 @@ def grid_positions(length: int, block: int, step: int) -> Tensor:
 def block_matrix(length: int, positions: Tensor, basis: Tensor) -> Tensor:
     """Matrix (len(positions) * k, length) that takes a line of pixels to ``basis`` (k, block) of each block."""
     pixels = positions[:, None] + torch.arange(basis.shape[1], device=positions.device)
-    picked = torch.eye(length, device=positions.device)[pixels]  # (positions, block, length)
-    return (basis.to(positions.device) @ picked).reshape(-1, length)
+    return (basis.to(pixels.device) @ torch.eye(length, device=pixels.device)[pixels]).reshape(-1, length)
 
 
 def block_spectra(images: Tensor, rows: Tensor, columns: Tensor, block: int) -> Tensor:
@@ -274,8 +266,8 @@ def similar_blocks(image: Tensor, row: int, column: int, config: Config = Config
 def bm3d(images: Tensor, sigma: float, config: Config = Config()) -> Tensor:
     """Denoise float32 images (n, h, w) with white noise of standard deviation ``sigma`` in their units.
 
-    Both steps: the estimate of step 1 matches the blocks and gives the Wiener gains of step 2. Scaling the
-    images and sigma, or adding a constant, does the same to the result. sigma 0 gives the images back.
+    The estimate of step 1 matches the blocks and gives the Wiener gains of step 2. Images scaled with sigma,
+    or shifted by a constant, give a result scaled or shifted alike. sigma 0 gives the images back.
     Raises CryobenchError for a negative sigma.
     """
     if sigma < 0:
@@ -283,7 +275,10 @@ def bm3d(images: Tensor, sigma: float, config: Config = Config()) -> Tensor:
     if sigma == 0:
         return images.clone()
     scaled, background = _scaled(images, sigma)
-    return _estimate(scaled, _estimate(scaled, None, config), config) * sigma + background
+    estimate = _estimate(scaled, None, config)
+    for _ in range(config.wiener_passes):
+        estimate = _estimate(scaled, estimate, config)
+    return estimate * sigma + background
 
 
 class Method(Denoiser):
