@@ -179,7 +179,7 @@ def test_a_config_changes_the_result():
     default = bm3d(noisy, sigma)
     changes = {
         "block_basic": 8, "block_wiener": 8, "group_basic": 8, "group_wiener": 8, "step": 3, "window": 17,
-        "threshold": 3.0, "wiener_noise": 1.0, "kaiser": 1.0,
+        "threshold": 3.0, "wiener_noise": 1.0, "kaiser": 1.0, "wiener_passes": 1,
     }  # fmt: skip
     assert changes.keys() == Config.__dataclass_fields__.keys()
     for field, value in changes.items():
