@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= quick
 JOBS ?= 2
+# more optional dependencies, e.g. EXTRAS=,peers for the cross-checks with bm3d (non-commercial licence)
+EXTRAS ?=
 BOOK_TABLES ?= zhang2024 tang2022
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -32,7 +34,7 @@ $(READY): pyproject.toml constraints.txt
 	if ! command -v nvidia-smi >/dev/null 2>&1 && [ "$$(uname -s)" = Linux ]; then \
 	  $(BIN)/python -m pip install -q "$$torch+cpu" 2>/dev/null || $(BIN)/python -m pip install -q "$$torch"; \
 	else $(BIN)/python -m pip install -q "$$torch"; fi
-	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[book,lab,test,peers,dev]"
+	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[book,lab,test,dev$(EXTRAS)]"
 	@touch $@
 
 lint: $(READY)

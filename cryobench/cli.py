@@ -41,14 +41,16 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("-o", "--output", required=True, metavar="OUT.mrcs")
     c.add_argument("-n", type=int, default=100, help="number of images")
     c.add_argument("--size", type=int, default=128, metavar="PX")
-    c.add_argument("--pixel-size", type=float, metavar="A", help="angstrom; default: the particle fills 60 %%")
+    c.add_argument(
+        "--pixel-size", type=float, metavar="A", help="angstrom; default: a model fills 60 %%, a map's box all of it"
+    )
     c.add_argument("--map-pixel-size", type=float, metavar="A", help="of a map whose header states none")
     c.add_argument("--resolution", type=float, metavar="A", help="of the density (default: that of the pixels)")
     c.add_argument("--snr", type=float, default=0.1, help="var(clean)/var(noise) over the whole stack")
     c.add_argument("--noise", choices=["white", "coloured", "poisson"], default="white")
     c.add_argument("--ctf", action="store_true")
     c.add_argument("--shift", type=float, default=0.0, metavar="PX", help="uniform random shifts of +-PX")
-    c.add_argument("--contrast", type=float, default=0.0, metavar="SD", help="sd of log gain per particle")
+    c.add_argument("--contrast", type=float, default=0.0, metavar="SD", help="sd of each particle's gain")
     c.add_argument("--bfactor", type=float, default=0.0, metavar="A2")
     c.add_argument("--seed", type=int, default=0)
     c.add_argument("--device", default="auto")
@@ -77,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     c = command("run", "plan a table, skip what is recorded, run the rest")
     _add_cells(c)
     c.add_argument("--jobs", type=int, default=1)
+    c.add_argument("--scheduler", metavar="ADDR", help="of a cluster (not available yet)")
     c.add_argument("--device", default="auto")
 
     c = command("status", "per cell: done, stale (and what changed), failed, missing")
@@ -96,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("-o", "--output", required=True, metavar="MAP.mrc")
     c.add_argument("--engine", choices=["fourier", "relion"], default="fourier")
     c.add_argument("--symmetry", default="C1")
+    c.add_argument("--pixel-size", type=float, metavar="A")
 
     c = command("fsc", "Fourier shell correlation of two maps")
     c.add_argument("a", metavar="A.mrc")
@@ -150,10 +154,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("cryobench: stopped; what was finished is kept, run the same command to go on", file=sys.stderr)
-    except (OSError, MemoryError) as error:
+    except Exception as error:
         if args.debug:
             raise
-        print(f"cryobench: {error or type(error).__name__}", file=sys.stderr)
+        reason = " ".join(str(error).split()) or "no reason given"
+        hint = "" if isinstance(error, OSError) else " (a mistake of ours? see it with --debug)"
+        print(f"cryobench: {type(error).__name__}: {reason}{hint}", file=sys.stderr)
     finally:
         warnings.formatwarning = shown
     return 1

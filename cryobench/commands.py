@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -92,7 +93,9 @@ def simulate(args: Namespace) -> None:
     output = _output(args.output, (".mrcs", ".mrc"))
     device = pick_device(args.device)
     structure = resolve(args.structure, pixel_size=args.map_pixel_size)
-    pixel_size = args.pixel_size or structure.pixel_size(args.size)
+    if args.pixel_size is not None and args.map_pixel_size is None and structure.lacks_pixel_size():
+        structure = resolve(args.structure, pixel_size=args.pixel_size)
+    pixel_size = structure.pixel_size(args.size) if args.pixel_size is None else args.pixel_size
     fields = ("snr", "noise", "ctf", "shift", "contrast", "bfactor")
     simulation = Simulation(args.size, pixel_size, **{k: getattr(args, k) for k in fields})
     volume, notes = structure.density(args.size, pixel_size, args.resolution)
@@ -119,7 +122,7 @@ def denoise(args: Namespace) -> None:
 
     if args.profile not in PROFILES:
         raise CryobenchError(f"no profile {args.profile!r}; there are: {', '.join(PROFILES)}")
-    if args.sigma is not None and not args.sigma >= 0:
+    if args.sigma is not None and not 0 <= args.sigma < math.inf:
         raise CryobenchError("--sigma must be zero or positive, in the units of the images")
     output = _output(args.output, (".mrcs", ".mrc"))
     images, pixel_size = read_images(args.input, args.pixel_size)
@@ -155,12 +158,15 @@ def evaluate(args: Namespace) -> None:
     if args.convention not in CONVENTIONS:
         raise CryobenchError(f"no convention {args.convention!r}; there are: {', '.join(CONVENTIONS)}")
     clean, pixel_size = read_images(args.clean, args.pixel_size)
-    stacks: dict[str, Tensor] = {"denoised": read_images(args.output, pixel_size)[0]}
-    if args.noisy:
-        stacks["noisy"] = read_images(args.noisy, pixel_size)[0]
-    for name, stack in stacks.items():
-        if stack.shape != clean.shape:
-            raise CryobenchError(f"{name} images are {tuple(stack.shape)}, the clean ones {tuple(clean.shape)}")
+    stacks: dict[str, Tensor] = {}
+    for name, path in (("denoised", args.output), ("noisy", args.noisy)):
+        if path:
+            stacks[name], other = read_images(path, args.pixel_size)
+            shape = tuple(stacks[name].shape)
+            if shape != clean.shape:
+                raise CryobenchError(f"{name} images are {shape}, the clean ones {tuple(clean.shape)}")
+            if abs(other / pixel_size - 1) > 1e-3:
+                raise CryobenchError(f"{path} has {other:g} A pixels, {args.clean} {pixel_size:g} A")
     if clean.min() < -0.01 or clean.max() > 1.01:
         _say("the clean images are not in [0, 1]: all stacks are brought there by one gain and offset")
         clean, *scaled = unit_range(clean, *stacks.values())
@@ -177,7 +183,8 @@ def evaluate(args: Namespace) -> None:
     print(f"{len(clean)} images, convention {args.convention}, clean range {clean.min():.4g} .. {clean.max():.4g}")
     for name in stacks:
         reached = result[name]["frc_0.5_angstrom"]
-        print(f"{name}: FRC with the clean images falls below 0.5 " + (f"at {reached:.2f} A" if reached else "nowhere"))
+        where = f"at {reached:.2f} A" if reached else "in the first ring already"
+        print(f"{name}: FRC with the clean images falls below 0.5 {where}")
         for metric, s in result[name]["metrics"].items():
             interval = "" if s["ci95"][0] is None else f"  [{s['ci95'][0]:.5g}, {s['ci95'][1]:.5g}]"
             mean = "infinite" if s["mean"] is None else f"{s['mean']:.5g}"
@@ -192,6 +199,8 @@ def run(args: Namespace) -> int:
 
     if args.jobs < 1:
         raise CryobenchError("--jobs must be at least 1")
+    if args.scheduler:
+        raise CryobenchError("--scheduler is not available in this version: use --jobs N on this machine")
     cells = [
         cell
         for name in args.table
@@ -236,7 +245,7 @@ def reconstruct(args: Namespace) -> None:
     from cryobench.reconstruction.command import reconstruct_star
 
     output = _output(args.output, (".mrc", ".map"))
-    for path in reconstruct_star(Path(args.input), output, args.engine, args.symmetry):
+    for path in reconstruct_star(Path(args.input), output, args.engine, args.symmetry, args.pixel_size):
         print(path)
 
 
@@ -252,7 +261,7 @@ def fsc(args: Namespace) -> None:
         print(f"{frequency:.5f} 1/A  {value:+.4f}")
     for threshold in ("0.143", "0.5"):
         resolution = result["resolution"][threshold]
-        print(f"FSC {threshold}: " + (f"{resolution:.2f} A" if resolution else "not crossed below Nyquist"))
+        print(f"FSC {threshold}: " + (f"{resolution:.2f} A" if resolution else "below it from the first shell on"))
 
 
 def book(args: Namespace) -> None:

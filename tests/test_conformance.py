@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cryobench.errors import CryobenchError, SupervisionError
 from cryobench.imaging.particles import Particles, Simulation, Simulator
-from cryobench.imaging.training_data import LEVELS, TrainingData
+from cryobench.imaging.training_data import SUPERVISION, TrainingData
 from cryobench.methods.base import Budget, Denoiser
 from cryobench.methods.registry import all_methods
 
@@ -56,10 +56,10 @@ def data(supervision: str) -> TrainingData:
 def tiny(supervision: str) -> TrainingData:
     """Eight images and nothing beyond what the supervision allows: no clean ones, no structure."""
     part, _ = particles().split(8)
-    level = LEVELS.index(supervision)
+    level = SUPERVISION.index(supervision)
     second, _ = simulator().noisy(part.clean, 5, part.sigma)
-    clean = part.clean if level >= LEVELS.index("clean-pairs") else None
-    pairs = second if level >= LEVELS.index("noisy-pairs") else None
+    clean = part.clean if level >= SUPERVISION.index("clean-pairs") else None
+    pairs = second if level >= SUPERVISION.index("noisy-pairs") else None
     return TrainingData(supervision, part.noisy, clean, part.sigma, 4.0, second=pairs)
 
 
@@ -86,7 +86,7 @@ def test_there_are_methods() -> None:
 def test_says_what_it_is(name: str) -> None:
     method = METHODS[name]
     assert method.name == name
-    assert method.supervision in LEVELS
+    assert method.supervision in SUPERVISION
     assert method.__doc__
     assert inspect.getmodule(method).__doc__
     assert list(inspect.signature(method.denoise).parameters) == ["self", "images", "sigma"]
@@ -164,7 +164,7 @@ def test_needs_no_more_than_it_declares(name: str) -> None:
 
 @trained
 def test_cannot_learn_from_less_than_it_declares(name: str) -> None:
-    for level in LEVELS[: LEVELS.index(METHODS[name].supervision)]:
+    for level in SUPERVISION[: SUPERVISION.index(METHODS[name].supervision)]:
         with pytest.raises(SupervisionError):
             new(name).fit(data(level), QUIET)
 

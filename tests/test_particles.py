@@ -8,7 +8,7 @@ from blobs import BlobData
 
 from cryobench.errors import CryobenchError, SupervisionError
 from cryobench.imaging.particles import Simulation, Simulator, stream_seed
-from cryobench.imaging.training_data import LEVELS, TrainingData
+from cryobench.imaging.training_data import SUPERVISION, TrainingData
 from cryobench.methods.noise_level import corner_mask, estimate_sigma
 from cryobench.specimens.catalog import resolve
 
@@ -79,7 +79,7 @@ def test_a_tiny_image_still_has_a_noise_level():
     assert estimate_sigma(torch.arange(6.0).view(1, 2, 3)) > 0
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", SUPERVISION)
 def test_the_gate_opens_as_far_as_the_supervision(level, simulator):
     train = TrainingData.simulated(level, simulator.simulate(8, seed=0), simulator)
     asks = {
@@ -89,7 +89,7 @@ def test_the_gate_opens_as_far_as_the_supervision(level, simulator):
         "clean-pairs": lambda: train.clean,
     }
     for needed, ask in asks.items():
-        if LEVELS.index(level) >= LEVELS.index(needed):
+        if SUPERVISION.index(level) >= SUPERVISION.index(needed):
             ask()
         else:
             with pytest.raises(SupervisionError, match=needed):

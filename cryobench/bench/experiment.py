@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,8 @@ from cryobench.specimens.catalog import Structure, resolve
 #: what a legacy convention feeds to a method costs another pass: this many test images carry it
 LEGACY_IMAGES = 64
 NOISE_IMAGES = 32
+#: the code that makes a structure a volume
+DENSITY_CODE = tuple(f"cryobench.specimens.{name}" for name in ("atoms", "density", "maps", "phantoms"))
 #: supervision of the methods that a convention may feed its own version of the noisy images; a network
 #: trained on clean images knows their scale, so that its output is scored on the convention's scale instead
 CLASSICAL = ("none", "sigma", "noisy")
@@ -37,12 +40,11 @@ def pick_device(name: str = "auto") -> str:
     """ "auto" is the GPU where torch sees one. Raises CryobenchError for a device that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise CryobenchError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:1")
+    if name != "cpu" and not torch.cuda.is_available():
         raise CryobenchError("no CUDA device is visible to torch: use --device cpu, or see `cryobench doctor`")
-    try:
-        return str(torch.device(name))
-    except RuntimeError as error:
-        raise CryobenchError(f"unknown device {name!r}: use auto, cpu or cuda") from error
+    return name
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Experiment:
     def volume(self) -> Tensor:
         """Density (size, size, size) of the structure, kept in the cache between runs."""
         size, pixel = self.simulation.size, self.simulation.pixel_size
-        code = code_hashes("cryobench.specimens.density", "cryobench.specimens.maps", "cryobench.specimens.atoms")
+        code = code_hashes(*DENSITY_CODE)
         path = cache_dir() / "volumes" / f"{digest([self.structure.fingerprint, size, pixel, code])[:24]}.pt"
         if path.exists():
             return torch.load(path, weights_only=True)
@@ -119,7 +121,8 @@ class Experiment:
     @cached_property
     def train(self) -> TrainingData:
         """What the method may see, behind the gate of its supervision."""
-        return TrainingData.simulated(self.method_class.supervision, self._particles[0], self.simulator)
+        supervision = self.method_class.supervision
+        return TrainingData.simulated(supervision, self._particles[0], self.simulator, self.cell.seed)
 
     @property
     def test(self) -> Particles:
@@ -128,8 +131,7 @@ class Experiment:
     def fit(self, budget: Budget | None = None) -> Denoiser:
         """The fitted method, from the cache where this very fit was made before; resumes a killed one."""
         cell = self.cell
-        learns_from = ("cryobench.imaging.particles", "cryobench.imaging.training_data")
-        code = code_hashes(*learns_from, self.method_class.__module__)
+        code = code_hashes("cryobench.imaging.training_data", *DENSITY_CODE, self.method_class.__module__)
         key = digest({**self.inputs(), "code": code, "conventions": None})[:24]
         folder = cache_dir() / "fits" / f"{cell.method}-{key}"
         weights = folder / "weights"

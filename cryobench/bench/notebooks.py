@@ -13,6 +13,9 @@ from typing import Any
 
 from cryobench.errors import CryobenchError
 
+#: notebooks that are executed now, by any thread
+RUNNING: set[subprocess.Popen[str]] = set()
+
 
 class NotebookError(CryobenchError):
     """A cell of the notebook raised; the message is its last line."""
@@ -70,14 +73,12 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], threads: i
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
         )
+        RUNNING.add(process)
         try:
             _, errors = process.communicate()
-        except BaseException:
-            # Ctrl-C: the kernel goes with its parent; what it had learned is in the checkpoint
-            process.terminate()
-            process.wait()
-            partial.unlink(missing_ok=True)
-            raise
+        finally:
+            process.kill()  # its kernel goes with it; what was learned is in the checkpoint
+            RUNNING.discard(process)
     if partial.exists():
         partial.replace(output)
     if process.returncode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,8 @@ def cells_of(
     # a structure file is named in full: the notebook runs in another folder
     specimens = [str(Path(s).resolve()) if Path(s).is_file() else s for s in specimens]
     chosen = methods or [m for m in spec.methods if m in built]
-    return [Cell(spec.name, s, m, profile, seed) for s in specimens for m in chosen for seed in seeds or [0]]
+    cells = [Cell(spec.name, s, m, profile, seed) for s in specimens for m in chosen for seed in seeds or [0]]
+    return list(dict.fromkeys(cells))
 
 
 def path_of(cell: Cell, results: Path) -> Path:
@@ -78,7 +80,10 @@ def state_of(cell: Cell, results: Path, device: str = "auto") -> State:
     if record["status"] == "failed":
         return State(cell, "failed", str(record["error"]))
     then = record["provenance"]
-    now = current_inputs(cell, device)
+    try:
+        now = current_inputs(cell, device)
+    except CryobenchError as error:
+        return State(cell, "stale", str(error))
     if device == "auto":
         now["device_class"] = then["device_class"]
     if digest(now) == then["key"]:
@@ -92,14 +97,16 @@ def current_inputs(cell: Cell, device: str = "auto") -> dict[str, Any]:
 
 
 def _changes(record: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    then = record["provenance"]
+    then, now = record["provenance"], json.loads(json.dumps(now))  # tuples as the lists they are in the record
     found = []
     code = then["code"]
     changed = sorted(k for k in code.keys() | now["code"].keys() if code.get(k) != now["code"].get(k))
     if changed:
         found.append("code of " + ", ".join(m.removeprefix("cryobench.") for m in changed))
-    for title, old, new in (("config", record["config"], now["config"]), ("data", then["data"], now["data"])):
-        names = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    sections = [("config", record["config"], now["config"]), ("data", then["data"], now["data"])]
+    sections.append(("simulation", *(d["data"].get("simulation", {}) for d in (then, now))))
+    for title, old, new in sections:
+        names = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k != "simulation")
         found += [f"{title}: {k} was {old.get(k)}, is {new.get(k)}" for k in names]
     if then["notebook_hash"] != now["notebook_hash"]:
         found.append("code cells of the notebook")

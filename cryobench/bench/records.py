@@ -150,8 +150,7 @@ def machine(device: str) -> dict[str, Any]:
     gpu = device.startswith("cuda")
     return {
         "commit": _git("rev-parse", "HEAD") or "unknown",
-        # results of the run itself do not make the code dirty
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")),
+        "dirty": bool(_git("status", "--porcelain", "--", "cryobench", "notebooks", "tables", "data")),
         "package_version": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),

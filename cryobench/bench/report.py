@@ -16,10 +16,13 @@ import numpy as np
 import torch
 
 from cryobench.bench import records
+from cryobench.bench.experiment import Cell
+from cryobench.bench.plan import state_of
 from cryobench.bench.tables import TableSpec, load_table
 from cryobench.errors import BadFileError, CryobenchError
 from cryobench.methods.registry import all_methods
 from cryobench.metrics.bootstrap import summarise
+from cryobench.specimens.catalog import available
 
 FAIR = ("mse", "psnr", "ssim", "psnr_fit")
 
@@ -55,7 +58,7 @@ COLUMNS = (
     Column("parameters", "parameters", "d", narrow=False),
     Column("seeds", "seeds", "", narrow=False),
     Column("n", "n", "d", narrow=False),
-    Column("state", "state", "", narrow=False),
+    Column("state", "state"),
 )
 
 
@@ -85,6 +88,7 @@ def table_rows(
         raise CryobenchError(f"table {spec.name} has no convention {legacy!r}; it has {', '.join(spec.conventions)}")
     by_cell: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in load_records(spec, profile, results):
+        record["stale"] = _is_stale(spec, record, results)
         by_cell.setdefault((record["specimen"], record["method"]), []).append(record)
     recorded = [s for s, _ in by_cell]
     specimens = [s for s in spec.specimens if s in recorded] or [s for s in spec.specimens if spec.stands_in(s)]
@@ -103,6 +107,17 @@ def table_rows(
     return table
 
 
+def _is_stale(spec: TableSpec, record: dict[str, Any], results: Path) -> bool:
+    """Whether a run would compute something else now; unknown (False) for specimens that are not here."""
+    name = record["specimen"]
+    if record["status"] != "done" or name not in spec.specimens or not available(name):
+        return False
+    if record["method"] not in all_methods():
+        return False
+    cell = Cell(spec.name, name, record["method"], record["profile"], record["seed"])
+    return state_of(cell, results).state == "stale"
+
+
 def _row(spec: TableSpec, specimen: str, method: str, found: list[dict[str, Any]], legacy: str) -> dict[str, Any]:
     built = all_methods().get(method)
     row: dict[str, Any] = {c.key: None for c in COLUMNS}
@@ -112,8 +127,10 @@ def _row(spec: TableSpec, specimen: str, method: str, found: list[dict[str, Any]
     for metric, value in (published or {"metrics": {}})["metrics"].items():
         row[f"published_{metric}"] = value
     done = [r for r in found if r["status"] == "done"]
+    # numbers of another code or other data are not averaged with those of today
+    done = [r for r in done if not r["stale"]] or done
     if built:
-        row["state"] = "done" if done else "failed" if found else "missing"
+        row["state"] = "stale" if done and done[0]["stale"] else "done" if done else "failed" if found else "missing"
     if not done:
         return row
     for convention, prefix in (("fair", ""), (legacy, "legacy_")):
@@ -189,7 +206,10 @@ def table_text(
     make = makers[form]
     parts = [make(headings[s], columns, table[s]) for s in table]
     legacy = convention or next((c for c in spec.conventions if c != "fair"), "fair")
-    note = f"legacy = scored as {legacy}; MSE, PSNR, SSIM without it: fair. '-': not stated or not measured."
+    note = (
+        f"legacy: scored as {legacy}; MSE, PSNR and SSIM without it: fair. 95 %: of the mean over images. "
+        "'-': not stated, not built or not measured."
+    )
     if form == "text":
         title = f"{spec.paper['title']} ({spec.paper['year']}), profile {profile}"
         return "\n\n".join([title, *parts, note])

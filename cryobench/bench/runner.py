@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cryobench.bench import records
 from cryobench.bench.experiment import Cell, pick_device
-from cryobench.bench.notebooks import execute
+from cryobench.bench.notebooks import RUNNING, execute
 from cryobench.bench.plan import State, notebook_of, path_of, state_of
 from cryobench.errors import CryobenchError
 from cryobench.methods.registry import get_method
@@ -21,6 +21,8 @@ from cryobench.paths import cache_dir
 from cryobench.specimens.catalog import specimen_name
 
 Say = Callable[[str], None]
+#: set when the user stops a run: what fails after that is no result
+STOPPING = threading.Event()
 
 
 def run_cells(
@@ -49,10 +51,14 @@ def run_cells(
                     clock.done(state.cell, seconds)
                     say(f"[{done}/{len(todo)}] {name}: {seconds:.0f} s, {clock.left()}")
                 else:
+                    clock.todo.remove(state.cell)
                     failed.append((state.cell, error))
                     say(f"[{done}/{len(todo)}] {name}: FAILED: {error}")
         except BaseException:
+            STOPPING.set()
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(RUNNING):
+                process.terminate()
             raise
     return failed
 
@@ -69,8 +75,10 @@ def _run_cell(state: State, results: Path, device: str, threads: int) -> tuple[f
         execute(notebook_of(cell.method), path.with_suffix(".ipynb"), parameters, threads)
         if not path.exists() or path.stat().st_mtime < launched:
             raise CryobenchError("the notebook ended without the record it should have written")
-    except CryobenchError as error:
-        _record_failure(cell, path, device, str(error))
+    except Exception as error:  # whatever it is, the other cells go on
+        if STOPPING.is_set():
+            return time.perf_counter() - started, "stopped"
+        _record_failure(cell, path, device, str(error) or type(error).__name__)
         return time.perf_counter() - started, str(error)
     return time.perf_counter() - started, None
 
@@ -114,8 +122,3 @@ class _Clock:
     def left(self) -> str:
         seconds = sum(self.expected(c) for c in self.todo) / self.jobs
         return f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left"
-
-
-def warn(line: str) -> None:
-    """Progress goes to stderr, so that stdout stays what was asked for."""
-    print(line, file=sys.stderr, flush=True)

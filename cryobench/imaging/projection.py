@@ -62,7 +62,7 @@ class Projector:
         Raises CryobenchError for matrices that are not rotations and for shapes that do not fit.
         """
         d, n = self.size, len(rotations)
-        rotations = _checked_rotations(rotations).to(self.device, self.dtype)
+        rotations = checked_rotations(rotations).to(self.device, self.dtype)
         if shifts is not None and shifts.shape != (n, 2):
             raise CryobenchError(f"shifts must have shape ({n}, 2), not {tuple(shifts.shape)}")
         if filters is not None and (filters.shape[1:] != (d, d // 2 + 1) or len(filters) not in (1, n)):
@@ -75,7 +75,7 @@ class Projector:
             if filters is not None:
                 slices *= (filters if len(filters) == 1 else filters[part]).to(self.device)
             if shifts is not None:
-                slices *= _shift_phases(shifts[part].to(self.device, self.dtype), d)
+                slices *= shift_phases(shifts[part].to(self.device, self.dtype), d)
             images[part] = torch.fft.irfft2(slices, s=(d, d))
         # the transform has its origin at pixel 0; the images have it at pixel d // 2
         return torch.fft.fftshift(images, dim=(-2, -1))
@@ -163,7 +163,7 @@ def _half_plane(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return y * (size // 2 + 1) + x, torch.stack([kx[0, x], ky[y, 0]])
 
 
-def _shift_phases(shifts: Tensor, size: int) -> Tensor:
+def shift_phases(shifts: Tensor, size: int) -> Tensor:
     """Factors (n, d, d // 2 + 1) that move the content of images by shifts (n, 2), pixels (x, y)."""
     ky = torch.fft.fftfreq(size, device=shifts.device, dtype=shifts.dtype)
     kx = torch.arange(size // 2 + 1, device=shifts.device, dtype=shifts.dtype) / size
@@ -172,7 +172,7 @@ def _shift_phases(shifts: Tensor, size: int) -> Tensor:
     return y[:, :, None] * x[:, None, :]
 
 
-def _checked_rotations(rotations: Tensor) -> Tensor:
+def checked_rotations(rotations: Tensor) -> Tensor:
     if rotations.ndim != 3 or rotations.shape[1:] != (3, 3):
         raise CryobenchError(f"rotations must have shape (n, 3, 3), not {tuple(rotations.shape)}")
     double = rotations.double()

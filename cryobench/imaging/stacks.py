@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor
 from cryobench.errors import CryobenchError
 from cryobench.imaging.particles import Particles, Simulation
 from cryobench.imaging.rotations import matrix_to_euler
-from cryobench.specimens.files import atomic_write
 from cryobench.specimens.mrc import read_mrc, write_mrc
 from cryobench.specimens.particle_star import ParticleTable, write_particles
 
@@ -41,15 +41,16 @@ def write_particles_set(
     """Write OUT.mrcs (noisy), OUT_clean.mrcs, a STAR file for each, and OUT.json with scale, sigma and settings.
 
     The STAR files name the stacks as ``output`` does, from the folder where the command ran, as RELION does.
-    shifts go in with RELION's sign. If anything fails, nothing of the set is left behind.
+    shifts go in with RELION's sign. If anything fails, what was there before stays.
     """
     clean = output.with_name(f"{output.stem}_clean{output.suffix}")
     paths = [output, clean, output.with_suffix(".star"), clean.with_suffix(".star"), output.with_suffix(".json")]
+    parts = {path: path.with_name(f".{os.getpid()}-{path.name}") for path in paths}
     try:
-        write_mrc(output, particles.noisy.numpy(), simulation.pixel_size, stack=True)
-        write_mrc(clean, particles.clean.numpy(), simulation.pixel_size, stack=True)
+        write_mrc(parts[output], particles.noisy.numpy(), simulation.pixel_size, stack=True)
+        write_mrc(parts[clean], particles.clean.numpy(), simulation.pixel_size, stack=True)
         for stack in (output, clean):
-            write_particles(stack.with_suffix(".star"), particle_table(str(stack), particles, simulation))
+            write_particles(parts[stack.with_suffix(".star")], particle_table(str(stack), particles, simulation))
         facts = {
             **origin,
             "n": len(particles),
@@ -57,12 +58,12 @@ def write_particles_set(
             "sigma": particles.sigma,
             "clean = scale * projection + offset": {"scale": particles.scale, "offset": particles.offset},
         }
-        with atomic_write(paths[-1]) as file:
-            file.write(json.dumps(facts, indent=1).encode())
-    except BaseException:
-        for path in paths:
-            path.unlink(missing_ok=True)
-        raise
+        parts[paths[-1]].write_text(json.dumps(facts, indent=1))
+        for path, part in parts.items():
+            part.replace(path)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
     return paths
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from cryobench.errors import CryobenchError, SupervisionError
 from cryobench.imaging.particles import Particles, Simulator, stream_seed
 
-LEVELS = ("none", "sigma", "noisy", "noisy-pairs", "clean-pairs", "reference")
+#: What a method may see, from nothing to the structure itself. Each level includes the ones before it.
+SUPERVISION = ("none", "sigma", "noisy", "noisy-pairs", "clean-pairs", "reference")
 
 
 class TrainingData:
@@ -29,19 +30,21 @@ class TrainingData:
         simulator: Simulator | None = None,
         affine: tuple[float, float] = (1.0, 0.0),
         second: Tensor | None = None,
+        seed: int = 0,
     ) -> None:
-        if supervision not in LEVELS:
-            raise CryobenchError(f"unknown supervision {supervision!r}; one of {', '.join(LEVELS)}")
+        if supervision not in SUPERVISION:
+            raise CryobenchError(f"unknown supervision {supervision!r}; one of {', '.join(SUPERVISION)}")
         self.supervision = supervision
         self.pixel_size = pixel_size
         self.size = noisy.shape[-1]
         self._noisy, self._clean, self._second = noisy, clean, second
+        self._seed = seed
         self._sigma = sigma
         self._simulator, self._affine = simulator, affine
 
     @classmethod
-    def simulated(cls, supervision: str, particles: Particles, simulator: Simulator) -> TrainingData:
-        """The gate before a simulated data set."""
+    def simulated(cls, supervision: str, particles: Particles, simulator: Simulator, seed: int = 0) -> TrainingData:
+        """The gate before a simulated data set; seed is that of its second exposure."""
         return cls(
             supervision,
             particles.noisy,
@@ -50,10 +53,11 @@ class TrainingData:
             simulator.simulation.pixel_size,
             simulator,
             (particles.scale, particles.offset),
+            seed=seed,
         )
 
     def _need(self, level: str) -> None:
-        if LEVELS.index(self.supervision) < LEVELS.index(level):
+        if SUPERVISION.index(self.supervision) < SUPERVISION.index(level):
             raise SupervisionError(f"a method declared {self.supervision!r} may not see what needs {level!r}")
 
     @property
@@ -74,7 +78,7 @@ class TrainingData:
         if self._second is None:
             if self._simulator is None or self._clean is None:
                 raise CryobenchError("no second exposure of these images: give pairs, or simulate them")
-            second, _ = self._simulator.noisy(self._clean, stream_seed("second"), self._sigma)
+            second, _ = self._simulator.noisy(self._clean, stream_seed(self._seed, "second exposure"), self._sigma)
             self._second = second.cpu()
         return self._noisy, self._second
 
@@ -97,7 +101,7 @@ class TrainingData:
         allow; pairs stay the two exposures there are, since more of them would average to the clean image.
         """
         self._need("noisy-pairs")
-        wants_clean = LEVELS.index(self.supervision) >= LEVELS.index("clean-pairs")
+        wants_clean = SUPERVISION.index(self.supervision) >= SUPERVISION.index("clean-pairs")
         if wants_clean and self._simulator is not None:
             images, *_ = self._simulator.draw(batch_size, stream_seed(seed, step, "fresh poses"))
             target = images * self._affine[0] + self._affine[1]

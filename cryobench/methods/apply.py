@@ -53,7 +53,7 @@ def prepare_method(
     elif method_class.supervision in ("none", "sigma", "noisy"):
         train = TrainingData(method_class.supervision, images, None, sigma, pixel_size)
     else:
-        train = _from_built_in(method_class.supervision, images, sigma, profile, device, seed, say)
+        train = _from_built_in(method_class.supervision, images, sigma, pixel_size, profile, device, seed, say)
     method.fit(train, Budget(progress=True))
     return method
 
@@ -75,6 +75,7 @@ def _from_built_in(
     supervision: str,
     images: Tensor,
     sigma: float,
+    pixel_size: float,
     profile: str,
     device: str,
     seed: int,
@@ -86,11 +87,12 @@ def _from_built_in(
     power = float(images.double().var()) - sigma**2
     snr = min(max(power / sigma**2, 0.01), 10.0)
     structure = resolve("channel")
-    pixel = structure.pixel_size(size)
+    # at the pixel size of the images where the structure fits the box
+    pixel = max(pixel_size, structure.pixel_size(size))
     volume, _ = structure.density(size, pixel)
     simulator = Simulator(volume, Simulation(size, pixel, snr), device)
     say(
         f"no --train-on and no --weights: training on simulated projections of the built-in 'channel' "
-        f"({size} px, SNR {snr:.3g} as in these images); what it draws may be of that structure"
+        f"({size} px at {pixel:.3g} A, SNR {snr:.3g} as in these images); what it draws may be of that structure"
     )
     return TrainingData.simulated(supervision, simulator.simulate(n, stream_seed(seed, "built-in")), simulator)

@@ -22,9 +22,6 @@ from cryobench.methods.noise_level import estimate_sigma
 if TYPE_CHECKING:
     from cryobench.imaging.training_data import TrainingData
 
-#: What a method may see, from nothing to the structure itself. Each level includes the ones before it.
-SUPERVISION = ("none", "sigma", "noisy", "noisy-pairs", "clean-pairs", "reference")
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -44,7 +41,7 @@ class Denoiser:
     """Base of all methods.
 
     Class attributes: ``name`` as shown in tables; ``paper``, a citation key; ``supervision``, one of
-    :data:`SUPERVISION`; ``trained``, whether :meth:`fit` learns something; ``Config``, the frozen
+    ``imaging.training_data.SUPERVISION``; ``trained``, whether :meth:`fit` learns something; ``Config``, the frozen
     dataclass of hyper-parameters with the paper's values as defaults; ``profiles``, the fields that the
     profiles ``smoke`` and ``quick`` change; ``equivariant``, whether an input scaled by a > 0 and
     shifted by b gives an output scaled and shifted alike.
@@ -131,11 +128,13 @@ class Denoiser:
         try:
             head = json.loads(stem.with_name(stem.name + ".json").read_text())
             tensors = load_file(stem.with_name(stem.name + ".safetensors"))
+            name, config, seed = head["method"], head["config"], head["seed"]
+            method = cls(cls.Config(**config) if name == cls.name else None, device, seed)
         except Exception as error:
-            raise BadFileError(f"{path}: not weights saved by cryobench ({error})") from error
-        if head.get("method") != cls.name:
-            raise CryobenchError(f"{path}: weights of {head.get('method')!r}, not of {cls.name!r}")
-        method = cls(cls.Config(**head["config"]), device, head["seed"])
+            reason = " ".join(str(error).split())
+            raise BadFileError(f"{path}: not weights saved by cryobench ({reason})") from error
+        if name != cls.name:
+            raise CryobenchError(f"{path}: weights of {name!r}, not of {cls.name!r}")
         method.state = {k: v.to(method.device) for k, v in tensors.items()}
         method.info = head["info"]
         return method

@@ -29,14 +29,16 @@ from cryobench.specimens.particle_star import (
 )
 
 
-def reconstruct_star(star: Path, output: Path, engine: str = "fourier", symmetry: str = "C1") -> list[Path]:
+def reconstruct_star(
+    star: Path, output: Path, engine: str = "fourier", symmetry: str = "C1", pixel_size: float | None = None
+) -> list[Path]:
     """The map of the particles in a STAR file at OUTPUT, and half maps at OUTPUT_half1, OUTPUT_half2.
 
     Poses are taken as they are; the CTF is corrected where the file has a defocus. The halves are those of
     rlnRandomSubset, else every second particle. engine: "fourier" (ours) or "relion" (relion_reconstruct).
     Raises CryobenchError where poses or optics are missing, pixel sizes differ or RELION cannot be run.
     """
-    table = read_particles(star)
+    table = read_particles(star, pixel_size)
     if table.angles is None:
         raise CryobenchError(
             f"{star} has no poses (rlnAngleRot, rlnAngleTilt, rlnAnglePsi): refine the particles first"
@@ -46,10 +48,10 @@ def reconstruct_star(star: Path, output: Path, engine: str = "fourier", symmetry
     if table.subset is None:
         table = dataclasses.replace(table, subset=np.arange(len(table)) % 2 + 1)
     paths = [output, *(output.with_name(f"{output.stem}_half{i}{output.suffix}") for i in (1, 2))]
-    pixel_size = float(table.pixel_size[0])
+    pixel = float(table.pixel_size[0])
     maps = (_with_relion if engine == "relion" else _with_fourier)(table, star, symmetry)
     for path, volume in zip(paths, maps, strict=True):
-        write_mrc(path, volume.numpy(), pixel_size, stack=False)
+        write_mrc(path, volume.numpy(), pixel, stack=False)
     return paths
 
 

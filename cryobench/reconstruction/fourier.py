@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cryobench.errors import CryobenchError
-from cryobench.imaging.projection import _checked_rotations, _shift_phases
+from cryobench.imaging.projection import checked_rotations, shift_phases
 from cryobench.imaging.rings import ring_index
 from cryobench.imaging.rotations import symmetry_matrices
 
@@ -68,14 +68,14 @@ class Backprojector:
             raise CryobenchError(f"the CTF must be ({n} or 1, {d}, {d // 2 + 1}), not {tuple(ctf.shape)}")
         if not torch.isfinite(images).all():
             raise CryobenchError("images hold NaN or infinite values: mend or remove those images first")
-        rotations = _checked_rotations(rotations)
+        rotations = checked_rotations(rotations)
         step = max(1, _CHUNK // self._points.shape[1])
         for start in range(0, n, step):
             part = slice(start, start + step)
             origin = torch.fft.ifftshift(images[part].to(self.device, torch.float32), dim=(-2, -1))
             slices = torch.fft.rfft2(origin)
             if shifts is not None:
-                slices *= _shift_phases(-shifts[part].to(self.device, torch.float32), d)
+                slices *= shift_phases(-shifts[part].to(self.device, torch.float32), d)
             values = slices[:, self._inside] * self._share
             weights = self._share.expand(values.shape)
             if ctf is not None:

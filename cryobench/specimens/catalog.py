@@ -45,6 +45,14 @@ class Structure:
     fingerprint: str
     load: Callable[[], Atoms | tuple[Tensor, float]] = field(repr=False)
 
+    def lacks_pixel_size(self) -> bool:
+        """Whether it is a map that states none, so that one must be given."""
+        if not self.source.removesuffix(".gz").endswith(MAP_SUFFIXES):
+            return False
+        from cryobench.specimens.mrc import read_header
+
+        return not all(read_header(self.source).voxel)
+
     def pixel_size(self, size: int) -> float:
         """Pixel size in angstrom at which the particle fills about 60 % of a box of ``size`` pixels."""
         content = self.load()
@@ -62,6 +70,8 @@ class Structure:
             from cryobench.specimens.maps import resample
 
             volume, pixel = content
+            if resolution is not None:
+                raise CryobenchError("--resolution is for atomic models; filter the map first")
             return resample(volume, pixel, size, pixel_size), [f"map of {volume.shape[0]} px at {pixel:g} A resampled"]
         from cryobench.specimens.density import atoms_to_density
 
@@ -84,15 +94,19 @@ def resolve(name: str, data_dir: Path | None = None, pixel_size: float | None = 
         return _from_file(path, name, ARCHIVE[name][1], pixel_size)
     path = Path(name)
     if path.exists() or path.suffix:
-        return _from_file(path, _stem(path), "C1", pixel_size)
+        return _from_file(path, specimen_name(name), "C1", pixel_size)
     raise CryobenchError(
         f"no structure {name!r}: give a .pdb/.cif/.mrc/.map file or one of {', '.join([*BUILT_IN, *ARCHIVE])}"
     )
 
 
 def specimen_name(name: str) -> str:
-    """The short name of a specimen, which may be a file: what tables and records call it."""
-    return name if name in BUILT_IN or name in ARCHIVE else _stem(Path(name))
+    """The short name of a specimen: what tables and records call it. For a file its stem, and where that could be
+    taken for another specimen or another file, part of a hash of its place."""
+    if name in BUILT_IN or name in ARCHIVE:
+        return name
+    place = hashlib.sha256(str(Path(name).resolve()).encode()).hexdigest()[:6]
+    return f"{_stem(Path(name))}-{place}"
 
 
 def available(name: str, data_dir: Path | None = None) -> bool:
