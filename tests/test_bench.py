@@ -91,9 +91,9 @@ def test_tables_hold_all_published_numbers(shared):
 def test_table_file_with_a_mistake_is_refused(tmp_path):
     content = yaml.safe_load((project_root() / "tables" / "zhang2024.yml").read_text())
     for change, message in (
-        ({"profiles": {"smoke": {"size": 32}}}, "required"),
+        ({"profiles": {"smoke": {"size": 32}}}, "profiles must contain"),
         ({"methds": []}, "methds"),
-        ({"published": [{"dataset": "x"}]}, "required"),
+        ({"published": [{"dataset": "x"}]}, "published.* must contain"),
     ):
         path = tmp_path / "bad.yml"
         path.write_text(yaml.safe_dump({**content, **change}))
