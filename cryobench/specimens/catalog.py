@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,10 +85,7 @@ def resolve(name: str, data_dir: Path | None = None, pixel_size: float | None = 
     name, an entry that was not fetched or a file of another kind; BadFileError for a broken file.
     """
     if name in BUILT_IN:
-        from cryobench.specimens import phantoms
-
-        code = hashlib.sha256(Path(phantoms.__file__).read_bytes()).hexdigest()
-        return Structure(name, BUILT_IN[name][0], "built-in", code, cache(getattr(phantoms, name)))
+        return Structure(name, BUILT_IN[name][0], "built-in", _phantom_code(), partial(_phantom, name))
     if name in ARCHIVE:
         path = _fetched(name, data_dir)
         return _from_file(path, name, ARCHIVE[name][1], pixel_size)
@@ -98,6 +95,21 @@ def resolve(name: str, data_dir: Path | None = None, pixel_size: float | None = 
     raise CryobenchError(
         f"no structure {name!r}: give a .pdb/.cif/.mrc/.map file or one of {', '.join([*BUILT_IN, *ARCHIVE])}"
     )
+
+
+@cache
+def _phantom(name: str) -> Atoms:
+    from cryobench.specimens import phantoms
+
+    made: Atoms = getattr(phantoms, name)()
+    return made
+
+
+@cache
+def _phantom_code() -> str:
+    from cryobench.specimens import phantoms
+
+    return hashlib.sha256(Path(phantoms.__file__).read_bytes()).hexdigest()
 
 
 def specimen_name(name: str) -> str:
