@@ -89,7 +89,7 @@ def test_says_what_it_is(name: str) -> None:
     assert method.supervision in SUPERVISION
     assert method.__doc__
     assert inspect.getmodule(method).__doc__
-    assert list(inspect.signature(method.denoise).parameters) == ["self", "images", "sigma"]
+    assert list(inspect.signature(method.denoise).parameters) == ["self", "images", "sigma", *["ctf"] * method.uses_ctf]
     for profile in ("smoke", "quick", "full"):
         method.config_for(profile)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from cryobench.bench.keys import code_hashes, digest
 from cryobench.bench.tables import PROFILES, TableSpec, load_table
 from cryobench.errors import CryobenchError
+from cryobench.imaging.ctf import ContrastTransfer
 from cryobench.imaging.particles import Particles, Simulation, Simulator, stream_seed
 from cryobench.imaging.training_data import TrainingData
 from cryobench.methods.base import Budget, Denoiser
@@ -111,7 +112,7 @@ class Experiment:
 
     @cached_property
     def simulator(self) -> Simulator:
-        return Simulator(self.volume, self.simulation, self.device)
+        return Simulator(self.volume, self.simulation, self.device, self.structure.symmetry)
 
     @cached_property
     def _particles(self) -> tuple[Particles, Particles]:
@@ -127,6 +128,11 @@ class Experiment:
     @property
     def test(self) -> Particles:
         return self._particles[1]
+
+    @property
+    def test_ctf(self) -> ContrastTransfer | None:
+        """Contrast transfer of the test images; None without CTF."""
+        return self.simulator.contrast_transfer(self.test.defocus)
 
     def fit(self, budget: Budget | None = None) -> Denoiser:
         """The fitted method, from the cache where this very fit was made before; resumes a killed one."""
@@ -152,8 +158,9 @@ class Experiment:
     def denoise(self, method: Denoiser, images: Tensor | None = None) -> tuple[Tensor, float]:
         """Denoised test images and the images per second it took."""
         images = self.test.noisy if images is None else images
+        ctf = self.test_ctf
         started = time.perf_counter()
-        denoised = method.denoise(images, self.test.sigma)
+        denoised = method.denoise(images, self.test.sigma, None if ctf is None else ctf[: len(images)])
         return denoised, len(images) / max(time.perf_counter() - started, 1e-9)
 
     def scores(self, method: Denoiser, denoised: Tensor) -> dict[str, dict[str, Tensor]]:

@@ -9,7 +9,7 @@ Grigorieff 2015, J. Struct. Biol. 192:216, equations 2-5, with the sign turned f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,27 @@ class Optics:
             raise CryobenchError(f"impossible optics (voltage and pixel size above 0, Cs not negative): {self}")
         if not 0 <= self.amplitude_contrast < 1:
             raise CryobenchError(f"amplitude contrast must be in [0, 1), not {self.amplitude_contrast}")
+
+
+@dataclass(frozen=True)
+class ContrastTransfer:
+    """The CTF of each image of a stack: shared optics, defocus (n, 3) as U, V in angstrom and angle in degrees,
+    and a B-factor in square angstrom."""
+
+    optics: Optics
+    defocus: Tensor
+    bfactor: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.defocus)
+
+    def __getitem__(self, part: slice | Tensor) -> ContrastTransfer:
+        return replace(self, defocus=self.defocus[part])
+
+    def images(self, size: int, device: torch.device | str = "cpu") -> Tensor:
+        """CTF images (n, size, size // 2 + 1), float32, in the layout of ``torch.fft.rfft2``."""
+        u, v, angle = self.defocus.to(device).unbind(1)
+        return ctf_2d(u, v, angle, self.optics, size, self.bfactor).float()
 
 
 def ctf_2d(
@@ -60,11 +81,14 @@ def ctf_2d(
         rfft=True,
         fftshift=False,
     )
-    if bfactor:
-        ky = torch.fft.fftfreq(size, optics.pixel_size, device=device)[:, None]
-        kx = torch.fft.rfftfreq(size, optics.pixel_size, device=device)[None, :]
-        ctf = ctf * torch.exp(-bfactor / 4 * (kx**2 + ky**2))
-    return ctf
+    return ctf * bfactor_2d(bfactor, optics.pixel_size, size, device) if bfactor else ctf
+
+
+def bfactor_2d(bfactor: float, pixel_size: float, size: int, device: torch.device | str = "cpu") -> Tensor:
+    """exp(-B k^2 / 4), (size, size // 2 + 1), in the layout of rfft2; bfactor in square angstrom."""
+    ky = torch.fft.fftfreq(size, pixel_size, device=device)[:, None]
+    kx = torch.fft.rfftfreq(size, pixel_size, device=device)[None, :]
+    return torch.exp(-bfactor / 4 * (kx**2 + ky**2))
 
 
 def random_defocus(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cryobench.errors import CryobenchError
-from cryobench.imaging.ctf import Optics, ctf_2d, random_defocus
+from cryobench.imaging.ctf import ContrastTransfer, Optics, bfactor_2d, random_defocus
 from cryobench.imaging.noise import add_noise, vary_contrast
 from cryobench.imaging.projection import Projector
 from cryobench.imaging.rotations import random_rotations
@@ -97,13 +97,19 @@ def stream_seed(*names: object) -> int:
 
 
 class Simulator:
-    """Makes images of one volume (size, size, size), bright density, as a :class:`Simulation` says."""
+    """Makes images of one volume (size, size, size), bright density, as a :class:`Simulation` says.
 
-    def __init__(self, volume: Tensor, simulation: Simulation, device: str | torch.device = "cpu") -> None:
+    symmetry: point group of the volume as far as it is known; nothing is made symmetric by it.
+    """
+
+    def __init__(
+        self, volume: Tensor, simulation: Simulation, device: str | torch.device = "cpu", symmetry: str = "C1"
+    ) -> None:
         if volume.shape != (simulation.size,) * 3:
             raise CryobenchError(f"the volume is {tuple(volume.shape)}, the images are to be {simulation.size} px")
         self.simulation = simulation
         self.device = torch.device(device)
+        self.volume, self.symmetry = volume, symmetry
         self.projector = Projector(volume.to(self.device))
 
     def draw(self, n: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -121,17 +127,16 @@ class Simulator:
             images = vary_contrast(images, sim.contrast, generator)
         return images, rotations, shifts, defocus
 
+    def contrast_transfer(self, defocus: Tensor | None) -> ContrastTransfer | None:
+        """The CTF of images with this defocus (n, 3); None where the simulation has none."""
+        return None if defocus is None else ContrastTransfer(self.simulation.optics, defocus, self.simulation.bfactor)
+
     def _filters(self, defocus: Tensor | None) -> Tensor | None:
-        """CTF (n, size, size//2 + 1), or the B-factor alone, or nothing."""
-        sim = self.simulation
-        if defocus is not None:
-            u, v, angle = defocus.to(self.device).unbind(1)
-            return ctf_2d(u, v, angle, sim.optics, sim.size, sim.bfactor)
-        if sim.bfactor:
-            ky = torch.fft.fftfreq(sim.size, sim.pixel_size, device=self.device)[:, None]
-            kx = torch.fft.rfftfreq(sim.size, sim.pixel_size, device=self.device)[None]
-            return torch.exp(-sim.bfactor * (kx**2 + ky**2) / 4)[None]
-        return None
+        """CTF (n, size, size // 2 + 1), or the B-factor alone, or nothing."""
+        sim, ctf = self.simulation, self.contrast_transfer(defocus)
+        if ctf is not None:
+            return ctf.images(sim.size, self.device)
+        return bfactor_2d(sim.bfactor, sim.pixel_size, sim.size, self.device)[None] if sim.bfactor else None
 
     def simulate(self, n: int, seed: int) -> Particles:
         """A data set of n particles: range of the clean images [0, 1], noise at the wanted SNR."""

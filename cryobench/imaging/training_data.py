@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from cryobench.errors import CryobenchError, SupervisionError
+from cryobench.imaging.ctf import ContrastTransfer
 from cryobench.imaging.particles import Particles, Simulator, stream_seed
 
 #: What a method may see, from nothing to the structure itself. Each level includes the ones before it.
 SUPERVISION = ("none", "sigma", "noisy", "noisy-pairs", "clean-pairs", "reference")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The structure behind the images: a clean image is scale * CTF * projection of volume + offset.
+
+    volume (size, size, size), z, y, x; symmetry: its point group, C1 where none is known; noise: kind of the
+    noise, one of ``imaging.noise.KINDS``; bfactor in square angstrom, part of the CTF; shift and contrast: how
+    far particles are off-centre (pixels) and how much their gain varies.
+    """
+
+    volume: Tensor
+    symmetry: str = "C1"
+    scale: float = 1.0
+    offset: float = 0.0
+    noise: str = "white"
+    bfactor: float = 0.0
+    shift: float = 0.0
+    contrast: float = 0.0
 
 
 class TrainingData:
@@ -17,7 +39,8 @@ class TrainingData:
 
     Built from a simulated data set (``simulator`` given: fresh poses and noise for every batch where the
     supervision allows it) or from stacks alone (batches are drawn from them).
-    Images are float32 (n, size, size) on one global scale; sigma is the noise standard deviation.
+    Images are float32 (n, size, size) on one global scale; sigma is the noise standard deviation; ctf the
+    contrast transfer of each noisy image, None without one. reference is for data that come from no simulator.
     """
 
     def __init__(
@@ -31,6 +54,8 @@ class TrainingData:
         affine: tuple[float, float] = (1.0, 0.0),
         second: Tensor | None = None,
         seed: int = 0,
+        ctf: ContrastTransfer | None = None,
+        reference: Reference | None = None,
     ) -> None:
         if supervision not in SUPERVISION:
             raise CryobenchError(f"unknown supervision {supervision!r}; one of {', '.join(SUPERVISION)}")
@@ -41,6 +66,9 @@ class TrainingData:
         self._seed = seed
         self._sigma = sigma
         self._simulator, self._affine = simulator, affine
+        self._reference = reference
+        #: microscopists fit it to every micrograph, so that it is known at every level of supervision
+        self.ctf = ctf
 
     @classmethod
     def simulated(cls, supervision: str, particles: Particles, simulator: Simulator, seed: int = 0) -> TrainingData:
@@ -54,6 +82,7 @@ class TrainingData:
             simulator,
             (particles.scale, particles.offset),
             seed=seed,
+            ctf=simulator.contrast_transfer(particles.defocus),
         )
 
     def _need(self, level: str) -> None:
@@ -91,6 +120,19 @@ class TrainingData:
                 "no clean images beside these noisy ones: give a stack with STACK_clean.mrcs beside it"
             )
         return self._clean
+
+    @property
+    def reference(self) -> Reference:
+        """The structure itself (needs ``reference``)."""
+        self._need("reference")
+        if self._simulator is not None:
+            simulator, sim = self._simulator, self._simulator.simulation
+            return Reference(
+                simulator.volume, simulator.symmetry, *self._affine, sim.noise, sim.bfactor, sim.shift, sim.contrast
+            )
+        if self._reference is None:
+            raise CryobenchError("this method needs to know the structure: give --reference")
+        return self._reference
 
     def batch(self, step: int, batch_size: int, seed: int, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
         """Batch number ``step``: (input, target), a pure function of seed and step so that a fit can resume.

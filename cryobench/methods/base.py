@@ -20,6 +20,7 @@ from cryobench.errors import BadFileError, CryobenchError
 from cryobench.methods.noise_level import estimate_sigma
 
 if TYPE_CHECKING:
+    from cryobench.imaging.ctf import ContrastTransfer
     from cryobench.imaging.training_data import TrainingData
 
 
@@ -44,7 +45,8 @@ class Denoiser:
     ``imaging.training_data.SUPERVISION``; ``trained``, whether :meth:`fit` learns something; ``Config``, the frozen
     dataclass of hyper-parameters with the paper's values as defaults; ``profiles``, the fields that the
     profiles ``smoke`` and ``quick`` change; ``equivariant``, whether an input scaled by a > 0 and
-    shifted by b gives an output scaled and shifted alike.
+    shifted by b gives an output scaled and shifted alike; ``uses_ctf``, whether :meth:`denoise` takes the images'
+    contrast transfer as a third argument ``ctf``.
     """
 
     name: ClassVar[str]
@@ -52,6 +54,7 @@ class Denoiser:
     supervision: ClassVar[str] = "none"
     trained: ClassVar[bool] = False
     equivariant: ClassVar[bool] = True
+    uses_ctf: ClassVar[bool] = False
     Config: ClassVar[type] = None  # type: ignore[assignment]
     profiles: ClassVar[dict[str, dict[str, Any]]] = {}
 
@@ -89,10 +92,12 @@ class Denoiser:
     def fit(self, train: TrainingData, budget: Budget) -> None:
         """Learn from what the supervision allows. A method without training has nothing to do here."""
 
-    def denoise(self, images: Tensor, sigma: float | None = None) -> Tensor:
+    def denoise(self, images: Tensor, sigma: float | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """Denoise float32 images of shape (n, h, w); sigma is the noise standard deviation in their units.
 
-        Without sigma it is estimated from the images' corners. Returns the same shape, on the CPU.
+        Without sigma it is estimated from the images' corners. A third argument ``ctf`` (ContrastTransfer of the
+        images, or None) may be given to every method; those with ``uses_ctf`` use it. The result still shows the
+        CTF, as the clean images do that it is scored against. Returns the same shape, on the CPU.
         Raises CryobenchError for another shape or for values that are not finite.
         """
         raise TypeError(f"method {self.name} does not define denoise")
@@ -144,15 +149,20 @@ def _checked(denoise: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Wrap a method's denoise: what every method refuses or fills in stands here once."""
 
     @functools.wraps(denoise)
-    def wrapper(self: Denoiser, images: Tensor, sigma: float | None = None) -> Tensor:
+    def wrapper(
+        self: Denoiser, images: Tensor, sigma: float | None = None, ctf: ContrastTransfer | None = None
+    ) -> Tensor:
         if images.ndim != 3 or min(images.shape) < 1:
             raise CryobenchError(f"images must have shape (n, height, width), not {tuple(images.shape)}")
         if not torch.isfinite(images).all():
             raise CryobenchError("images hold NaN or infinite values: mend or remove those images first")
         if sigma is None and self.supervision != "none":
             sigma = estimate_sigma(images)
+        if ctf is not None and len(ctf) != len(images):
+            raise CryobenchError(f"{len(images)} images with the CTF of {len(ctf)}")
+        optional = {"ctf": ctf} if self.uses_ctf else {}
         with torch.no_grad():
-            out = denoise(self, images.to(self.device, torch.float32), sigma)
+            out = denoise(self, images.to(self.device, torch.float32), sigma, **optional)
         return out.to("cpu", torch.float32)
 
     return wrapper
