@@ -242,16 +242,6 @@ def test_summary_of_known_values() -> None:
     assert summarise(torch.tensor([2.0, math.inf]))["mean"] is None
 
 
-def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
-    rng = np.random.default_rng(0)
-    hits = 0
-    for trial in range(400):
-        low, high = summarise(rng.exponential(size=60), seed=trial, resamples=500)["ci95"]
-        hits += low < 1 < high
-    # the percentile bootstrap of 60 skewed values covers slightly less than 95 %; 4 standard errors off
-    assert 0.88 < hits / 400 < 0.985
-
-
 def test_pairing_sees_a_small_difference_that_the_spread_hides() -> None:
     rng = np.random.default_rng(1)
     base = rng.normal(20, 3, 200)
