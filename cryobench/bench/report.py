@@ -2,70 +2,42 @@
 
 from __future__ import annotations
 
-import csv
 import html
-import io
 import json
+import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from cryobench.bench import records
+from cryobench.bench.comparison import Found, beats_limit, excess, ranks, values
 from cryobench.bench.experiment import Cell
 from cryobench.bench.plan import state_of
+from cryobench.bench.table_format import COLUMNS, WIDTH, Column, Row, csv_table, html_table, latex_table, text_table
 from cryobench.bench.tables import TableSpec, load_table
 from cryobench.errors import BadFileError, CryobenchError
 from cryobench.methods.registry import all_methods
 from cryobench.metrics.bootstrap import summarise
 from cryobench.specimens.catalog import available
 
-FAIR = ("mse", "psnr", "ssim", "psnr_fit")
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table: key in the row, heading, format of its values, shown without --wide or not."""
-
-    key: str
-    title: str
-    style: str = ""
-    narrow: bool = True
-
-
-COLUMNS = (
-    Column("method", "method"),
-    Column("supervision", "sees"),
-    Column("published_mse", "paper MSE", ".3e"),
-    Column("published_psnr", "paper PSNR", ".2f"),
-    Column("published_ssim", "paper SSIM", ".3f"),
-    Column("legacy_mse", "legacy MSE", ".3e", narrow=False),
-    Column("legacy_psnr", "legacy PSNR", ".2f"),
-    Column("legacy_ssim", "legacy SSIM", ".3f", narrow=False),
-    Column("mse", "MSE", ".3e"),
-    Column("psnr", "PSNR", ".2f"),
-    Column("psnr_interval", "95 %"),
-    Column("ssim", "SSIM", ".3f"),
-    Column("psnr_fit", "PSNR fit", ".2f"),
-    Column("excess_db", "dB over limit", ".2f", narrow=False),
-    Column("noise_energy", "noise energy", ".4f", narrow=False),
-    Column("fit_seconds", "fit s", ".1f"),
-    Column("images_per_s", "images/s", ".0f"),
-    Column("parameters", "parameters", "d", narrow=False),
-    Column("seeds", "seeds", "", narrow=False),
-    Column("n", "n", "d", narrow=False),
-    Column("state", "state"),
+SCORES = ("mse", "psnr", "ssim", "psnr_fit")
+INVENTION = ("snbr_scale_free", "noise_energy", "noise_correlation", "noise_correlation_null")
+NOTES = (
+    "paper: as published. legacy: scored as {legacy}, the paper's probable habits. fair: one scale for all images, "
+    "noise unclipped. fitted: after the best gain and offset per image.",
+    "±: half the 95 % interval, over test images of one seed or over several seeds. dB above limit: mean squared "
+    "error against that of the best possible denoiser (bayes), on the same images.",
+    "rank: 1 + the methods whose fair PSNR is higher by a paired 95 % interval that leaves out 0 (each pair on its "
+    "own); reference rows have none.",
+    "SNBR': signal against noise and bias in the output, whatever its gain. noise energy: share of pure noise that "
+    "passes. -: not stated, not built, not measured.",
 )
 
+Maker = Callable[[str, list[Column], list[Row], list[str]], str]
 
-Maker = Callable[[str, list[Column], list[dict[str, Any]]], str]
 
-
-def load_records(spec: TableSpec, profile: str, results: Path) -> list[dict[str, Any]]:
+def load_records(spec: TableSpec, profile: str, results: Path) -> Found:
     """All readable records of a table; an unreadable file is left out (``status`` names it)."""
     found = []
     for path in sorted((results / spec.name / profile).glob("*.json")):
@@ -76,35 +48,59 @@ def load_records(spec: TableSpec, profile: str, results: Path) -> list[dict[str,
     return found
 
 
-def table_rows(
-    spec: TableSpec, profile: str, results: Path, convention: str | None = None
-) -> dict[str, list[dict[str, Any]]]:
-    """Rows per specimen, in the order of the table file; several seeds are pooled.
+def records_shown(spec: TableSpec, profile: str, results: Path) -> dict[str, dict[str, Found]]:
+    """Records by specimen and method, in the order of the table file, each marked ``stale`` or not.
 
-    convention is the legacy scoring shown beside ``fair``; default: the table's own.
+    Specimens without a record are left out, unless there is none at all: then the stand-ins are there, empty.
     """
+    found = load_records(spec, profile, results)
+    recorded = {r["specimen"] for r in found}
+    specimens = [s for s in spec.specimens if s in recorded] or [s for s in spec.specimens if spec.stands_in(s)]
+    shown: dict[str, dict[str, Found]] = {s: {} for s in [*specimens, *sorted(recorded - set(spec.specimens))]}
+    for record in found:
+        record["stale"] = _is_stale(spec, record, results)
+        shown[record["specimen"]].setdefault(record["method"], []).append(record)
+    return shown
+
+
+def measured(found: Found) -> Found:
+    """The records whose numbers count, by seed: those of today's code and data, the stale ones only without others."""
+    done = sorted((r for r in found if r["status"] == "done"), key=lambda r: r["seed"])
+    return [r for r in done if not r["stale"]] or done
+
+
+def table_rows(spec: TableSpec, profile: str, results: Path, convention: str | None = None) -> dict[str, list[Row]]:
+    """Rows per specimen, in the order of the table file.
+
+    convention is the legacy scoring shown beside ``fair``; default: the table's own. ``KEY_low`` and ``KEY_high`` are
+    the bounds of the 95 % interval of KEY: over test images of one seed, over seeds where there are several.
+    """
+    legacy = _legacy(spec, convention)
+    table: dict[str, list[Row]] = {}
+    for specimen, by_method in records_shown(spec, profile, results).items():
+        published = [r["method"] for r in spec.published if r["dataset"] in (spec.dataset(specimen), "any")]
+        extra = sorted(set(by_method) - set(spec.methods))
+        methods = [m for m in spec.methods if m in published or m in all_methods() or m in by_method]
+        counted = {m: measured(found) for m, found in by_method.items()}
+        rank, limit = ranks(counted), counted.get("bayes", [])
+        table[specimen] = []
+        for method in [*methods, *extra]:
+            found = counted.get(method, [])
+            row = _row(spec, specimen, method, found, legacy)
+            row["state"] = _state(method, by_method.get(method, []), found)
+            row["rank"] = rank.get(method)
+            _put(row, "excess_db", excess(found, limit))
+            row["beats_limit_db"] = beats_limit(found, limit)
+            row["other_images"] = bool(found and limit and row["excess_db"] is None)
+            table[specimen].append(row)
+    return table
+
+
+def _legacy(spec: TableSpec, convention: str | None) -> str:
     legacy = convention or next((c for c in spec.conventions if c != "fair"), "fair")
     if legacy not in spec.conventions:
         raise CryobenchError(f"table {spec.name} has no convention {legacy!r}; it has {', '.join(spec.conventions)}")
-    by_cell: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for record in load_records(spec, profile, results):
-        record["stale"] = _is_stale(spec, record, results)
-        by_cell.setdefault((record["specimen"], record["method"]), []).append(record)
-    recorded = [s for s, _ in by_cell]
-    specimens = [s for s in spec.specimens if s in recorded] or [s for s in spec.specimens if spec.stands_in(s)]
-    specimens += sorted({s for s in recorded if s not in spec.specimens})
-    table = {}
-    for specimen in specimens:
-        published = [r["method"] for r in spec.published if r["dataset"] in (spec.dataset(specimen), "any")]
-        extra = sorted({m for s, m in by_cell if s == specimen} - set(spec.methods))
-        methods = [m for m in spec.methods if m in published or m in all_methods() or (specimen, m) in by_cell]
-        rows = [_row(spec, specimen, m, by_cell.get((specimen, m), []), legacy) for m in [*methods, *extra]]
-        limit = next((r["mse"] for r in rows if r["method"] == "bayes"), None)
-        for row in rows:
-            if limit and row["mse"]:
-                row["excess_db"] = 10 * float(np.log10(row["mse"] / limit))
-        table[specimen] = rows
-    return table
+    return legacy
 
 
 def _is_stale(spec: TableSpec, record: dict[str, Any], results: Path) -> bool:
@@ -118,45 +114,52 @@ def _is_stale(spec: TableSpec, record: dict[str, Any], results: Path) -> bool:
     return state_of(cell, results).state == "stale"
 
 
-def _row(spec: TableSpec, specimen: str, method: str, found: list[dict[str, Any]], legacy: str) -> dict[str, Any]:
+def _state(method: str, found: Found, counted: Found) -> str:
+    if method not in all_methods():
+        return "not built"
+    if counted:
+        return "stale" if counted[0]["stale"] else "done"
+    return "failed" if found else "missing"
+
+
+def _row(spec: TableSpec, specimen: str, method: str, found: Found, legacy: str) -> Row:
+    """One row without its comparisons; ``found`` are the records that count."""
     built = all_methods().get(method)
-    row: dict[str, Any] = {c.key: None for c in COLUMNS}
+    row: Row = {k: None for c in COLUMNS for k in c.keys} | {"beats_limit_db": None, "other_images": False}
     row |= {"specimen": specimen, "dataset": spec.dataset(specimen), "stand_in_for": spec.stands_in(specimen)}
-    row |= {"method": method, "supervision": built.supervision if built else None, "state": "not built"}
+    row |= {"method": method, "supervision": built.supervision if built else None}
     published = spec.published_row(specimen, method)
     for metric, value in (published or {"metrics": {}})["metrics"].items():
         row[f"published_{metric}"] = value
-    done = [r for r in found if r["status"] == "done"]
-    # numbers of another code or other data are not averaged with those of today
-    done = [r for r in done if not r["stale"]] or done
-    if built:
-        row["state"] = "stale" if done and done[0]["stale"] else "done" if done else "failed" if found else "missing"
-    if not done:
+    if not found:
         return row
     for convention, prefix in (("fair", ""), (legacy, "legacy_")):
-        for metric in FAIR:
-            values = [
-                torch.from_numpy(records.unpack(r["per_image"][convention][metric]).copy())
-                for r in done
-                if metric in r["per_image"].get(convention, {})
-            ]
-            if values:
-                summary = summarise(torch.cat(values))
-                row[prefix + metric] = summary["mean"]
-                if prefix + metric == "psnr" and summary["ci95"][0] is not None:
-                    row["psnr_interval"] = "{:.2f}..{:.2f}".format(*summary["ci95"])
-                    row["n"] = summary["n"]
-    costs = [r["cost"] for r in done]
-    row["fit_seconds"] = sum(c["fit_seconds"] for c in costs) / len(costs)
-    row["images_per_s"] = sum(c["denoise_images_per_s"] for c in costs) / len(costs)
-    row["parameters"] = costs[0]["parameters"]
-    row["noise_energy"] = sum(r["invention"]["noise_energy"] for r in done) / len(done)
-    row["seeds"] = " ".join(str(r["seed"]) for r in done)
-    row["supervision"] = done[0]["supervision"]
+        for metric in SCORES:
+            samples = values(found, convention, metric)
+            if samples:
+                _put(row, prefix + metric, summarise(samples))
+    for name in INVENTION:
+        row[name] = _mean([r["invention"].get(name) for r in found])
+    row["fit_seconds"] = _mean([r["cost"]["fit_seconds"] for r in found])
+    row["images_per_s"] = _mean([r["cost"]["denoise_images_per_s"] for r in found])
+    row["parameters"] = found[0]["cost"]["parameters"]
+    row["seeds"] = " ".join(str(r["seed"]) for r in found)
+    row["n"] = sum(len(v) for v in values(found, "fair", "psnr"))
+    row["supervision"] = found[0]["supervision"]
     return row
 
 
-def heading(spec: TableSpec, specimen: str, found: list[dict[str, Any]]) -> str:
+def _put(row: Row, key: str, summary: dict[str, Any] | None) -> None:
+    if summary:
+        row[key], (row[f"{key}_low"], row[f"{key}_high"]) = summary["mean"], summary["ci95"]
+
+
+def _mean(numbers: list[float | None]) -> float | None:
+    known = [x for x in numbers if x is not None]
+    return sum(known) / len(known) if known else None
+
+
+def heading(spec: TableSpec, specimen: str, found: Found) -> str:
     """One line that says what the measured numbers of a specimen are: data, SNR, sizes, machine."""
     stands_in = spec.stands_in(specimen)
     name = f"{specimen} - STAND-IN for {stands_in}: the measured numbers are not of the paper's specimen"
@@ -174,10 +177,19 @@ def heading(spec: TableSpec, specimen: str, found: list[dict[str, Any]]) -> str:
     )
 
 
-def _text_of(value: Any, style: str) -> str:
-    if value is None:
-        return "-"
-    return format(value, style) if style else str(value)
+def warnings(table: str, rows: list[Row]) -> list[str]:
+    """What is wrong with the rows of a specimen, one line each."""
+    found = [
+        f"{table} {r['specimen']} {r['method']} beats the Bayes limit by {r['beats_limit_db']:.2f} dB: "
+        "a bug in one of the two"
+        for r in rows
+        if r["beats_limit_db"] is not None
+    ]
+    others = [r["method"] for r in rows if r["other_images"]]
+    if others:
+        where = f"{table} {rows[0]['specimen']}"
+        found.append(f"{where}: not on the images of the bayes row, so not compared with it: {', '.join(others)}")
+    return found
 
 
 def table_text(
@@ -195,72 +207,22 @@ def table_text(
     table = table_rows(spec, profile, results, convention)
     found = load_records(spec, profile, results)
     headings = {s: heading(spec, s, found) for s in table}
+    wrong = {s: warnings(name, rows) for s, rows in table.items()}
     if form == "json":
-        return json.dumps({"table": name, "profile": profile, "headings": headings, "rows": table}, indent=1)
+        loud = [w for lines in wrong.values() for w in lines]
+        whole = {"table": name, "profile": profile, "headings": headings, "warnings": loud, "rows": table}
+        return json.dumps(whole, indent=1)
     if form == "csv":
-        return _csv(table)
+        return csv_table([row for rows in table.values() for row in rows])
     columns = [c for c in COLUMNS if c.narrow or wide]
     columns = [c for c in columns if wide or any(r[c.key] is not None for rows in table.values() for r in rows)]
     pages = f"{runs}/{name}" if runs else ""
-    makers: dict[str, Maker] = {"text": _text, "html": partial(_html, runs=pages), "latex": _latex}
-    make = makers[form]
-    parts = [make(headings[s], columns, table[s]) for s in table]
-    legacy = convention or next((c for c in spec.conventions if c != "fair"), "fair")
-    note = (
-        f"legacy: scored as {legacy}; MSE, PSNR and SSIM without it: fair. 95 %: of the mean over images. "
-        "'-': not stated, not built or not measured."
-    )
+    makers: dict[str, Maker] = {"text": text_table, "html": partial(html_table, runs=pages), "latex": latex_table}
+    parts = [makers[form](headings[s], columns, rows, wrong[s]) for s, rows in table.items()]
+    notes = [n.format(legacy=_legacy(spec, convention)) for n in NOTES]
     if form == "text":
         title = f"{spec.paper['title']} ({spec.paper['year']}), profile {profile}"
-        return "\n\n".join([title, *parts, note])
+        return "\n\n".join([title, *parts, "\n".join(textwrap.fill(n, WIDTH) for n in notes)])
+    if form == "html":
+        parts.append(f'<p class="cryobench-note">{html.escape(" ".join(notes))}</p>')
     return "\n".join(parts)
-
-
-def _cells(columns: list[Column], rows: list[dict[str, Any]]) -> list[list[str]]:
-    return [[_text_of(row[c.key], c.style) for c in columns] for row in rows]
-
-
-def _text(title: str, columns: list[Column], rows: list[dict[str, Any]]) -> str:
-    lines = [[c.title for c in columns], *_cells(columns, rows)]
-    widths = [max(len(line[k]) for line in lines) for k in range(len(columns))]
-    # words to the left, numbers to the right
-    body = [
-        "  ".join(f"{t:<{w}}" if not c.style else f"{t:>{w}}" for t, w, c in zip(line, widths, columns, strict=True))
-        for line in lines
-    ]
-    return "\n".join([title, *(line.rstrip() for line in body)])
-
-
-def _html(title: str, columns: list[Column], rows: list[dict[str, Any]], runs: str) -> str:
-    head = "".join(f"<th>{html.escape(c.title)}</th>" for c in columns)
-    lines = []
-    for row, cells in zip(rows, _cells(columns, rows), strict=True):
-        shown = [html.escape(text) for text in cells]
-        if runs and row["seeds"]:
-            page = f"{runs}/{row['specimen']}__{row['method']}__s{row['seeds'].split()[0]}.html"
-            shown[0] = f'<a href="{html.escape(page)}" title="the executed notebook">{shown[0]}</a>'
-        lines.append("<tr>" + "".join(f"<td>{text}</td>" for text in shown) + "</tr>")
-    body = "\n".join(lines)
-    table = f'<table class="cryobench">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>'
-    return f'<p class="cryobench-title">{html.escape(title)}</p>\n<div class="cryobench">{table}</div>'
-
-
-def _latex(title: str, columns: list[Column], rows: list[dict[str, Any]]) -> str:
-    def line(cells: list[str]) -> str:
-        return " & ".join(t.replace("%", r"\%").replace("_", r"\_") for t in cells) + r" \\"
-
-    form = "".join("r" if c.style else "l" for c in columns)
-    caption = title.replace("%", r"\%").replace("_", r"\_")
-    body = [line(cells) for cells in _cells(columns, rows)]
-    top = [rf"% {caption}", rf"\begin{{tabular}}{{{form}}}", r"\hline", line([c.title for c in columns]), r"\hline"]
-    return "\n".join([*top, *body, r"\hline", r"\end{tabular}"])
-
-
-def _csv(table: dict[str, list[dict[str, Any]]]) -> str:
-    out = io.StringIO()
-    names = ["specimen", "dataset", "stand_in_for", *(c.key for c in COLUMNS)]
-    writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for rows in table.values():
-        writer.writerows(rows)
-    return out.getvalue().rstrip("\n")
