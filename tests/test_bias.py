@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cryobench.errors import CryobenchError
 from cryobench.imaging.particles import Simulation, Simulator
-from cryobench.metrics.bias import Powers, powers
+from cryobench.metrics.bias import Powers, best_filter, powers
 from cryobench.metrics.spectral import ring_power
 
 SHAPE = (33, 40)
@@ -98,6 +98,21 @@ def test_a_linear_filter_ring_by_ring(shape: tuple[int, int], truth: bool) -> No
         whole = float(plane.sum())  # to be weighted: each column but the first stands for two
         whole = 2 * whole - float(plane[:, 0].sum()) - (float(plane[:, -1].sum()) if shape[1] % 2 == 0 else 0)
         assert float(getattr(total, name)) == pytest.approx(whole / (shape[0] * shape[1]), abs=0.03), name
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (21, 30)])
+def test_the_best_weighting_of_rings_is_the_wiener_filter(shape: tuple[int, int]) -> None:
+    """Applied, the weights S / (S + N) reach what best_filter says; others stay below, except their multiples."""
+    clean = gauss(white(500, 0, shape), 1.5)[0]
+    y1, y2 = clean + 0.3 * white(500, 1, shape), clean + 0.3 * white(500, 2, shape)
+    _, squared = gauss(y1, 1.5 * math.sqrt(2))  # power of the filtered white noise
+    reached = []
+    for weights in (squared / (squared + 0.09), squared, torch.ones_like(squared)):
+        d1, d2 = (torch.fft.irfft2(torch.fft.rfft2(y) * weights, s=shape) for y in (y1, y2))
+        total, rings = powers(y1, y2, d1, d2, clean)
+        reached.append(float(total.snbr_scale_free))
+    assert reached[0] == pytest.approx(best_filter(rings, shape), rel=0.03)
+    assert reached[0] > 1.1 * max(reached[1:])
 
 
 def test_pairs_and_truth_agree_on_simulated_particles() -> None:

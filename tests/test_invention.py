@@ -1,12 +1,16 @@
 """Nearest projections, their null, and Einstein from noise, against plain loops and closed forms."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from cryobench.bench import experiment
+from cryobench.bench.session import Run
+from cryobench.cards import invention_card, invention_text
 from cryobench.errors import CryobenchError
 from cryobench.metrics import invention
 from cryobench.metrics.spectral import ring_power
@@ -147,3 +151,47 @@ def test_phase_null_has_the_power_of_the_output() -> None:
     images = smooth(white(50, 20, 27), 1.5)
     other = invention.random_phases(images, torch.Generator().manual_seed(1))
     assert torch.allclose(ring_power(other), ring_power(images), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "table"), [("noisy", "tang2022"), ("blank", "zhang2024")])
+def test_a_run_says_what_its_method_invents(method: str, table: str) -> None:
+    run = Run(table, "channel", method, "smoke", device="cpu")
+    record = run.record()
+    numbers, spectra = record["invention"], record["spectral"]
+    assert {len(v) for v in spectra.values()} == {17}
+    assert numbers["snbr"] == pytest.approx({"noisy": numbers["snr"], "blank": 1}[method], rel=1e-4)
+    assert numbers["noise_energy"] == pytest.approx({"noisy": 1, "blank": numbers["noise_energy"]}[method], rel=1e-4)
+    assert (numbers["noise_correlation_z"] > 5) == (method == "blank")
+    noise = run.invention().noise.noise
+    assert float(noise.std()) == pytest.approx(run.sigma, rel=0.05)
+    assert float(noise.mean()) == pytest.approx(run.experiment.test.offset, abs=0.1 * run.sigma)
+    coloured = ring_power(noise - noise.mean())[1:]
+    assert (float(coloured[0] / coloured[-1]) > 2) == (table == "tang2022"), "noise of the data's own kind"
+    assert f"SNBR {numbers['snbr']:.3g}" in invention_text(run)
+    assert invention_card(run)._repr_png_().startswith(b"\x89PNG")
+
+
+def test_ctf_goes_with_the_images_and_costly_methods_get_fewer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import yaml
+
+    from cryobench.methods.noisy import Method
+    from cryobench.paths import project_root
+
+    spec = yaml.safe_load((project_root() / "tables" / "zhang2024.yml").read_text())
+    spec["simulation"] = {"snr": 0.1, "ctf": True}
+    (tmp_path / "ctf.yml").write_text(yaml.safe_dump(spec))
+    seen = []
+
+    def denoise(self: Method, images: Tensor, sigma: float | None = None, ctf: object = None) -> Tensor:
+        seen.append((len(images), len(ctf)))  # type: ignore[arg-type]
+        return images
+
+    monkeypatch.setattr(Method, "denoise", denoise)
+    monkeypatch.setattr(Method, "costly", True)
+    monkeypatch.setattr(experiment, "NOISE_IMAGES", 10)
+    monkeypatch.setattr(experiment, "PAIRS", 12)
+    run = Run(str(tmp_path / "ctf.yml"), "channel", "noisy", "smoke", device="cpu")
+    run.record()
+    assert all(images == ctf for images, ctf in seen)
+    assert len(run.invention().noise.noise) == 5
+    assert {5, 6} <= {images for images, _ in seen}

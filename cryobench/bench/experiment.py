@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import time
@@ -21,15 +22,19 @@ from cryobench.imaging.particles import Particles, Simulation, Simulator, stream
 from cryobench.imaging.training_data import TrainingData
 from cryobench.methods.base import Budget, Denoiser
 from cryobench.methods.registry import get_method
+from cryobench.metrics.bias import Powers, best_filter, powers
 from cryobench.metrics.bootstrap import summarise
 from cryobench.metrics.conventions import CONVENTIONS, score
+from cryobench.metrics.invention import PureNoise, pure_noise
 from cryobench.metrics.spectral import frc
 from cryobench.paths import cache_dir
 from cryobench.specimens.catalog import Structure, resolve
 
 #: what a legacy convention feeds to a method costs another pass: this many test images carry it
 LEGACY_IMAGES = 64
-NOISE_IMAGES = 32
+#: images of pure noise, test particles seen twice, projections compared with; the first two are halved for
+#: methods that say they are ``costly``
+NOISE_IMAGES, PAIRS, PROJECTIONS = 32, 64, 500
 #: the code that makes a structure a volume
 DENSITY_CODE = tuple(f"cryobench.specimens.{name}" for name in ("atoms", "density", "maps", "phantoms"))
 #: supervision of the methods that a convention may feed its own version of the noisy images; a network
@@ -57,6 +62,44 @@ class Cell:
     method: str
     profile: str = "quick"
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Invention:
+    """What a method makes of pure noise, and signal, bias and noise of its output.
+
+    total, rings: with signal and bias from the truth; pairs: the total from pairs of exposures alone, as on real data.
+    """
+
+    noise: PureNoise
+    total: Powers
+    rings: Powers
+    pairs: Powers
+
+    def numbers(self) -> dict[str, float | None]:
+        """For the record; None for what is infinite, as the SNR of images without noise."""
+        values = {
+            "noise_energy": self.noise.energy,
+            "noise_correlation": float(self.noise.correlation.mean()),
+            "noise_correlation_null": float(self.noise.null.mean()),
+            "noise_correlation_z": self.noise.z,
+            "einstein": self.noise.einstein,
+            "einstein_null": self.noise.einstein_null,
+            "einstein_raw": self.noise.einstein_raw,
+            "snr": float(self.total.snr),
+            "snbr": float(self.total.snbr),
+            "snbr_scale_free": float(self.total.snbr_scale_free),
+            "snbr_scale_free_pairs": float(self.pairs.snbr_scale_free),
+            "snbr_scale_free_filter": best_filter(self.rings, tuple(self.noise.noise.shape[1:])),
+            "gain": float(self.total.gain),
+        }
+        return {k: float(f"{v:.6g}") if math.isfinite(v) else None for k, v in values.items()}
+
+    def spectra(self) -> dict[str, list[float]]:
+        """Powers per ring for the record, squared units of the images."""
+        rings = self.rings
+        curves = {"signal": rings.signal, "noise_in": rings.noise, "noise_out": rings.noise_out, "bias": rings.bias}
+        return {k: [float(f"{x:.5g}") for x in v.tolist()] for k, v in curves.items()}
 
 
 class Experiment:
@@ -134,6 +177,10 @@ class Experiment:
         """Contrast transfer of the test images; None without CTF."""
         return self.simulator.contrast_transfer(self.test.defocus)
 
+    def _first_ctf(self, n: int) -> ContrastTransfer | None:
+        ctf = self.test_ctf
+        return None if ctf is None else ctf[:n]
+
     def fit(self, budget: Budget | None = None) -> Denoiser:
         """The fitted method, from the cache where this very fit was made before; resumes a killed one."""
         cell = self.cell
@@ -156,11 +203,11 @@ class Experiment:
         return method
 
     def denoise(self, method: Denoiser, images: Tensor | None = None) -> tuple[Tensor, float]:
-        """Denoised test images and the images per second it took."""
+        """Denoised test images, or others as seen with the first CTFs, and the images per second it took."""
         images = self.test.noisy if images is None else images
-        ctf = self.test_ctf
+        ctf = self._first_ctf(len(images))
         started = time.perf_counter()
-        denoised = method.denoise(images, self.test.sigma, None if ctf is None else ctf[: len(images)])
+        denoised = method.denoise(images, self.test.sigma, ctf)
         return denoised, len(images) / max(time.perf_counter() - started, 1e-9)
 
     def scores(self, method: Denoiser, denoised: Tensor) -> dict[str, dict[str, Tensor]]:
@@ -172,7 +219,8 @@ class Experiment:
             if prepare is not None and method.supervision in CLASSICAL and method.equivariant:
                 clean = test.clean[:LEGACY_IMAGES]
                 noisy, sigma = prepare(clean, test.noisy[:LEGACY_IMAGES], test.sigma)
-                found[name] = score(name, method.denoise(noisy, sigma), clean, noisy, prepared=True)
+                made = method.denoise(noisy, sigma, self._first_ctf(len(noisy)))
+                found[name] = score(name, made, clean, noisy, prepared=True)
             else:
                 found[name] = score(name, denoised, test.clean, test.noisy)
         return found
@@ -180,16 +228,31 @@ class Experiment:
     def statistics(self, scores: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, dict[str, Any]]]:
         return {c: {m: summarise(v, seed=self.cell.seed) for m, v in values.items()} for c, values in scores.items()}
 
-    def spectral(self, denoised: Tensor) -> dict[str, list[float]]:
-        """Fourier ring correlation with the clean images."""
-        return {"frc_clean": [round(float(v), 5) for v in frc(denoised, self.test.clean)]}
+    def spectral(self, denoised: Tensor, invention: Invention) -> dict[str, list[float]]:
+        """Fourier ring correlation with the clean images, and the powers per ring."""
+        return {
+            "frc_clean": [round(float(v), 5) for v in frc(denoised, self.test.clean)],
+            **invention.spectra(),
+        }
 
-    def invention(self, method: Denoiser) -> dict[str, float]:
-        """What comes out of pure noise of the same level: energy of the output per energy of the noise."""
-        size, sigma = self.simulation.size, self.test.sigma
-        generator = torch.Generator().manual_seed(stream_seed(self.cell.seed, "pure noise"))
-        noise = torch.randn(NOISE_IMAGES, size, size, generator=generator) * sigma
-        return {"noise_energy": float(method.denoise(noise, sigma).double().var() / sigma**2)}
+    def invention(self, method: Denoiser, denoised: Tensor) -> Invention:
+        """The method on boxes without a particle, and on a second exposure of some of the test particles.
+
+        An empty box holds noise of the data's kind around the value of empty space; it is a new exposure less its
+        clean images, so that Poisson noise still varies with them. denoised: the test images, already denoised.
+        """
+        test, seed = self.test, self.cell.seed
+        share = 2 if method.costly else 1
+        n, pairs = min(NOISE_IMAGES // share, len(test)), min(PAIRS // share, len(test))
+        clean = test.clean[:n]
+        exposure, _ = self.simulator.noisy(clean, stream_seed(seed, "pure noise"), test.sigma)
+        projections, *_ = self.simulator.draw(PROJECTIONS, stream_seed(seed, "projections to compare with"))
+        noise = pure_noise(lambda x: self.denoise(method, x)[0], exposure - clean + test.offset, projections, seed)
+        clean = test.clean[:pairs]
+        second, _ = self.simulator.noisy(clean, stream_seed(seed, "second exposure of the test"), test.sigma)
+        stacks = (test.noisy[:pairs], second, denoised[:pairs], self.denoise(method, second)[0])
+        total, rings = powers(*stacks, clean)
+        return Invention(noise, total, rings, powers(*stacks)[0])
 
 
 def data_hash(particles: Particles) -> str:

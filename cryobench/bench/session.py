@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cryobench.bench import records
-from cryobench.bench.experiment import Cell, Experiment, data_hash
+from cryobench.bench.experiment import Cell, Experiment, Invention, data_hash
 from cryobench.bench.keys import digest, notebook_hash
 from cryobench.bench.plan import notebook_of, path_of
 from cryobench.methods.base import Budget, Denoiser
@@ -95,6 +95,14 @@ class Run:
         return self._denoised[0]
 
     @cached_property
+    def _invention(self) -> Invention:
+        return self.experiment.invention(self.method, self.denoise())
+
+    def invention(self) -> Invention:
+        """What the method makes of pure noise; signal, bias and noise of its output."""
+        return self._invention
+
+    @cached_property
     def per_image(self) -> dict[str, dict[str, Tensor]]:
         """Scores of every test image: convention -> metric -> (n,)."""
         return self.experiment.scores(self.method, self.denoise())
@@ -128,8 +136,8 @@ class Run:
             "supervision": method.supervision,
             "metrics": self.scores(),
             "per_image": {c: {m: records.pack(v.numpy()) for m, v in d.items()} for c, d in self.per_image.items()},
-            "spectral": experiment.spectral(self.denoise()),
-            "invention": experiment.invention(method),
+            "spectral": experiment.spectral(self.denoise(), self.invention()),
+            "invention": self.invention().numbers(),
             "cost": {
                 "fit_seconds": round(float(method.info.get("seconds", 0.0)), 3),
                 "denoise_images_per_s": round(self._denoised[1], 2),

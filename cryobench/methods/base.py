@@ -46,7 +46,8 @@ class Denoiser:
     dataclass of hyper-parameters with the paper's values as defaults; ``profiles``, the fields that the
     profiles ``smoke`` and ``quick`` change; ``equivariant``, whether an input scaled by a > 0 and
     shifted by b gives an output scaled and shifted alike; ``uses_ctf``, whether :meth:`denoise` takes the images'
-    contrast transfer as a third argument ``ctf``.
+    contrast transfer as a third argument ``ctf``; ``costly``, whether an image takes so long that side experiments
+    should use fewer.
     """
 
     name: ClassVar[str]
@@ -55,6 +56,7 @@ class Denoiser:
     trained: ClassVar[bool] = False
     equivariant: ClassVar[bool] = True
     uses_ctf: ClassVar[bool] = False
+    costly: ClassVar[bool] = False
     Config: ClassVar[type] = None  # type: ignore[assignment]
     profiles: ClassVar[dict[str, dict[str, Any]]] = {}
 

@@ -11,7 +11,8 @@ bias), e what differs between exposures (the noise that is left). Averages over 
   an output that does not depend on its input has SNBR 1, and y times the best number has SNBR 1 + SNR;
 * g = cov(d1, y2) / S, the gain, and B' = cov(d1, d2) - g^2 S, the bias that no rescaling would take away. The
   scale-free SNBR' = g^2 S / (N_d + B') is 0 for an output that does not depend on its input, exactly SNR for any
-  multiple of y, and rho^2 / (1 - rho^2) for a correlation rho of d with s. What exceeds SNR was gained.
+  multiple of y, and rho^2 / (1 - rho^2) for a correlation rho of d with s. In a ring, what exceeds SNR was gained.
+  In total a filter raises it too, by weighing rings; :func:`best_filter` says how far that goes.
 
 Covariances are taken about the *mean image of the stack*, pixel by pixel: centred particles share a mean image, and
 to draw it is no knowledge of any of them (in patches of micrographs, for which the paper defines SNBR, it is flat).
@@ -105,6 +106,18 @@ def powers(y1: Tensor, y2: Tensor, d1: Tensor, d2: Tensor, clean: Tensor | None 
     count = ring_sums(torch.ones_like(signal), shape)
     total = Powers(*((plane * weight).sum() / weight.sum() for plane in planes))
     return total, Powers(*(ring_sums(plane, shape) / count for plane in planes))
+
+
+def best_filter(rings: Powers, shape: tuple[int, ...]) -> float:
+    """SNBR' in total of the best filter that only weighs rings, S / (S + N) in each (Wiener), without any bias.
+
+    From the powers per ring of images of ``shape`` (h, w); frequencies beyond the last ring are taken for empty.
+    """
+    count = ring_sums(torch.ones(shape[0], shape[1] // 2 + 1), shape)
+    signal = rings.signal.clamp(min=0)
+    kept = count * _ratio(signal.square(), signal + rings.noise)
+    lost = count * _ratio(signal * rings.noise, signal + rings.noise)
+    return float(kept.sum() / lost.sum())
 
 
 def _transforms(stack: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ class PureNoise:
     """Images (n, h, w) of noise alone, what came out of them, and the projection nearest to each output.
 
     correlation (n,) of each output with that projection; null (DRAWS, n): the same of random-phase images with
-    that output's power spectrum. einstein, einstein_raw: correlation with a reference of the average of all outputs,
-    and of all noise images, each aligned to it.
+    that output's power spectrum. einstein: correlation with a reference of the average of all outputs, each aligned
+    to it; einstein_null, einstein_raw: the same for random-phase images like the outputs, and for the noise itself.
     """
 
     noise: Tensor
@@ -40,6 +40,7 @@ class PureNoise:
     correlation: Tensor
     null: Tensor
     einstein: float
+    einstein_null: float
     einstein_raw: float
 
     @property
@@ -60,7 +61,8 @@ def pure_noise(denoise: Callable[[Tensor], Tensor], noise: Tensor, projections: 
     """
     output = denoise(noise)
     correlation, index, null = against_null(output, projections, seed)
-    averages = [einstein(x, projections[0])[-1] for x in (output, noise)]
+    unlike = random_phases(output, torch.Generator().manual_seed(seed))
+    averages = [einstein(x, projections[0])[-1] for x in (output, unlike, noise)]
     return PureNoise(noise, output, projections[index.to(projections.device)].cpu(), correlation, null, *averages)
 
 
@@ -134,7 +136,7 @@ def einstein_expected(counts: list[int], pixels: int, hypotheses: int) -> list[f
 
 
 def align(images: Tensor, reference: Tensor, angles: int) -> Tensor:
-    """Each image (n, h, w), less its mean, turned and cyclically shifted to fit the reference (h, w) best; on the CPU."""
+    """Each image (n, h, w), less its mean, turned and cyclically shifted to fit the reference (h, w); on the CPU."""
     shape = reference.shape
     turns = torch.arange(angles) * (2 * math.pi / angles)
     reference = (reference - reference.mean()).to(torch.float32)
