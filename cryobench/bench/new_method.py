@@ -78,6 +78,15 @@ CELLS = (
     ("markdown", "## The result"),
     ("code", "method = run.fit()\nplots.result(run)"),
     ("code", "plots.ring_correlation(run)"),
+    (
+        "markdown",
+        "## What it invents\n\nPure noise of the same kind goes in. What comes out, and which projection of the "
+        "structure comes nearest to it? Beside\nit, ring by ring, the power of signal, noise and bias.",
+    ),
+    (
+        "code",
+        "from cryobench.cards import invention_card, invention_text\n\nprint(invention_text(run))\ninvention_card(run)",
+    ),
     ("markdown", "## The record"),
     ("code", "record = run.record()\nprint(run.summary())"),
     ("markdown", "Every chapter ends in assertions about its own result."),
