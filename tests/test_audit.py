@@ -165,3 +165,23 @@ def test_needed_mean_solves_the_closed_form() -> None:
     assert [low, high] == pytest.approx([0.1323, 0.1323], abs=0.015)
     with pytest.raises(CryobenchError):
         audit.explain_legacy(torch.zeros(1, 4, 4), torch.rand(1, 4, 4))
+
+
+def test_the_closest_scoring_is_found_for_each_number() -> None:
+    measured = {
+        "fair": {"psnr": 28.0, "ssim": 0.74},
+        "legacy-a": {"psnr": 7.3, "ssim": 0.11},
+        "legacy-b": {"psnr": 4.2, "ssim": 0.62},
+        "legacy-c": {"psnr": 23.0},
+    }
+    row = audit.closest({"mse": 0.1, "psnr": 4.963, "ssim": 0.425}, measured)
+    assert (row["psnr_scoring"], row["psnr_ours"], row["psnr_gap"]) == ("legacy-b", 4.2, pytest.approx(0.763))
+    assert (row["ssim_scoring"], row["ssim_ours"], row["ssim_gap"]) == ("legacy-b", 0.62, pytest.approx(-0.195))
+    assert row["both"] == []
+    # near both numbers at once is another thing than near each somewhere
+    assert audit.closest({"psnr": 7.5, "ssim": 0.62}, measured)["both"] == []
+    assert audit.closest({"psnr": 7.5, "ssim": 0.14}, measured)["both"] == ["legacy-a"]
+    nothing = {"psnr_scoring": None, "psnr_ours": None, "psnr_gap": None}
+    nothing |= {"ssim_scoring": None, "ssim_ours": None, "ssim_gap": None, "both": []}
+    assert audit.closest({"psnr": 20.0}, {}) == nothing
+    assert audit.closest({"psnr": 20.0}, measured)["ssim_scoring"] is None

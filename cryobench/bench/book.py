@@ -30,8 +30,8 @@ from cryobench.paths import project_root
 
 #: chapters in reading order: (title of the part, notebooks of the folder notebooks/)
 PARTS = (
-    ("Foundations", ("image-formation", "metrics")),
-    ("Published tables", tuple(f"tables/{t}" for t in ("zhang2024", "tang2022"))),
+    ("Foundations", ("image-formation", "metrics", "statistics")),
+    ("Published tables", ("tables/zhang2024", "tables/tang2022", "audit")),
 )
 METHOD_ORDER = "noisy blank shrink lowpass-oracle mean gaussian bilateral lowpass bm3d ksvd dncnn".split()
 

@@ -50,12 +50,12 @@ def beats_limit(found: Found, limit: Found) -> float | None:
 
     No estimator's expected error is below that of the posterior mean, whatever it was fitted on. So the images are
     the units here, of all seeds together, and the interval of MSE(method) - MSE(limit) must reach up to zero. The
-    limit's own Monte-Carlo error (``mc_error`` of its fit, relative) is granted twice.
+    limit's own error of computation (``mc_error`` of its fit, a part of its MSE) is granted.
     """
     x, y = (np.concatenate(v) if v else np.zeros(0) for v in together(found, limit, "mse"))
     if not x.size:
         return None
-    granted = 2 * y.mean() * max(float(r.get("fit", {}).get("mc_error") or 0.0) for r in limit)
+    granted = y.mean() * max(float(r.get("fit", {}).get("mc_error") or 0.0) for r in limit)
     high = paired(x, y)["ci95"][1]
     return float(10 * np.log10(y.mean() / x.mean())) if high is not None and high + granted < 0 else None
 

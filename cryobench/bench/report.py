@@ -87,7 +87,7 @@ def table_rows(spec: TableSpec, profile: str, results: Path, convention: str | N
         for method in [*methods, *extra]:
             found = counted.get(method, [])
             row = _row(spec, specimen, method, found, legacy)
-            row["state"] = _state(method, by_method.get(method, []), found)
+            row["state"] = cell_state(method, by_method.get(method, []))
             row["rank"] = rank.get(method)
             _put(row, "excess_db", excess(found, limit))
             row["beats_limit_db"] = beats_limit(found, limit)
@@ -114,9 +114,11 @@ def _is_stale(spec: TableSpec, record: dict[str, Any], results: Path) -> bool:
     return state_of(cell, results).state == "stale"
 
 
-def _state(method: str, found: Found, counted: Found) -> str:
+def cell_state(method: str, found: Found) -> str:
+    """done, stale, failed, missing or not built, from all records of a cell."""
     if method not in all_methods():
         return "not built"
+    counted = measured(found)
     if counted:
         return "stale" if counted[0]["stale"] else "done"
     return "failed" if found else "missing"

@@ -7,7 +7,7 @@ All functions take ``published`` rows of a table's YAML file (``dataset``, ``met
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 from typing import Any
 
@@ -17,6 +17,9 @@ from cryobench.errors import CryobenchError
 from cryobench.metrics.conventions import score
 
 Row = dict[str, Any]
+
+#: a published number counts as reproduced within 1 dB of PSNR and 0.05 of SSIM: the specimens are not the paper's
+NEAR = {"psnr": 1.0, "ssim": 0.05}
 
 
 def implied(published: Iterable[Row]) -> list[Row]:
@@ -167,4 +170,30 @@ def explain_legacy(clean: Tensor, noisy: Tensor, published_mse: float | None = N
     if published_mse is not None:
         rest = published_mse - (1 - gain) ** 2 * variance
         row |= {"published": published_mse, "mean_needed": center - math.sqrt(rest) if rest >= 0 else None}
+    return row
+
+
+def closest(published: Mapping[str, float], measured: Mapping[str, Mapping[str, float]]) -> Row:
+    """Which scoring brings our own run of a method closest to its published row?
+
+    published: metric -> printed value; measured: convention -> metric -> mean of our run. For psnr (dB) and ssim:
+    ``METRIC_scoring`` with the smallest difference, ``METRIC_ours`` under it, ``METRIC_gap`` = published - ours.
+    ``both``: the scorings that come within ``NEAR`` of both numbers at once. None, and [], where nothing is known.
+    """
+    row: Row = {}
+    for metric in NEAR:
+        gaps = {
+            c: published[metric] - scores[metric]
+            for c, scores in measured.items()
+            if metric in published and metric in scores
+        }
+        best = min(gaps, key=lambda c: abs(gaps[c]), default=None)
+        row[f"{metric}_scoring"] = best
+        row[f"{metric}_ours"] = None if best is None else measured[best][metric]
+        row[f"{metric}_gap"] = None if best is None else gaps[best]
+    row["both"] = [
+        c
+        for c, scores in measured.items()
+        if all(m in published and m in scores and abs(published[m] - scores[m]) <= near for m, near in NEAR.items())
+    ]
     return row
