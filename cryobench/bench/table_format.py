@@ -90,6 +90,8 @@ def html_table(title: str, columns: list[Column], rows: list[Row], warnings: lis
     lines = []
     for row in rows:
         shown = [html.escape(c.text(row)) for c in columns]
+        # the interval below its value: narrower
+        shown = [f"{t.replace('±', '<br><small>±')}</small>" if "±" in t else t for t in shown]
         if runs and row["seeds"]:
             page = f"{runs}/{row['specimen']}__{row['method']}__s{row['seeds'].split()[0]}.html"
             shown[0] = f'<a href="{html.escape(page)}" title="the executed notebook">{shown[0]}</a>'
