@@ -9,6 +9,7 @@ Grigorieff 2015, J. Struct. Biol. 192:216, equations 2-5, with the sign turned f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,6 +83,19 @@ def ctf_2d(
         fftshift=False,
     )
     return ctf * bfactor_2d(bfactor, optics.pixel_size, size, device) if bfactor else ctf
+
+
+def ctf_1d(defocus: Tensor, frequencies: Tensor, optics: Optics, bfactor: float = 0.0) -> Tensor:
+    """CTF without astigmatism at radial frequencies: (..., m), float64.
+
+    defocus: (...), angstrom; frequencies: (m,) in cycles per pixel; bfactor: square angstrom.
+    """
+    volts = optics.voltage_kv * 1e3
+    wavelength = 12.26426 / math.sqrt(volts * (1 + 0.978466e-6 * volts))  # relativistic de Broglie, angstrom
+    k2 = (frequencies.double() / optics.pixel_size) ** 2
+    phase = math.pi * wavelength * k2 * defocus.double()[..., None]
+    phase = phase - math.pi / 2 * optics.cs_mm * 1e7 * wavelength**3 * k2**2
+    return torch.sin(phase + math.asin(optics.amplitude_contrast)) * torch.exp(-bfactor / 4 * k2)
 
 
 def bfactor_2d(bfactor: float, pixel_size: float, size: int, device: torch.device | str = "cpu") -> Tensor:
