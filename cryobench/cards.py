@@ -22,9 +22,9 @@ def invention_text(run: Run) -> str:
     return "\n".join(
         (
             f"pure noise in ({n} images): {v['noise_energy']:.3g} of its energy comes out",
-            f"  correlation with the nearest projection {v['noise_correlation']:.3f}; random phases "
+            f"  correlation with the nearest projection {v['noise_correlation']:.3f}; scrambled "
             f"{v['noise_correlation_null']:.3f}; z {v['noise_correlation_z']:.1f}",
-            f"  average of all, aligned to one projection: {v['einstein']:.2f} like it; random phases "
+            f"  average of all, aligned to one projection: {v['einstein']:.2f} like it; scrambled "
             f"{v['einstein_null']:.2f}; the noise itself {v['einstein_raw']:.2f}",
             f"what tells particles apart: SNR {v['snr']:.3g} in, SNBR' {v['snbr_scale_free']:.3g} out (pairs alone "
             f"{v['snbr_scale_free_pairs']:.3g}; best filter {v['snbr_scale_free_filter']:.3g})",
