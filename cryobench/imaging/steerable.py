@@ -33,8 +33,8 @@ LARGEST_BASIS = 4e9
 class SteerableBasis:
     """Fourier-Bessel functions of images of size x size pixels, centre at pixel size // 2.
 
-    ``counts`` (K,): number of radial functions of each angular frequency k, falling; Q is the largest.
-    Coefficients are (n, K, 2, Q), cos then sin, with zeros where q >= counts[k] and for the sine of k = 0.
+    ``frequencies`` (K,): the angular frequencies k; ``counts`` (K,): number of radial functions of each; Q is the
+    largest. Coefficients are (n, K, 2, Q), cos then sin, with zeros beyond the counts and for the sine of k = 0.
 
     A dense matrix product per image, yet a small one: functions and pixel grid share the symmetries of the square,
     so an image is first folded eight times; what is even in x, odd in y and symmetric under x <-> y, say, meets
@@ -45,10 +45,10 @@ class SteerableBasis:
         self,
         size: int,
         band_limit: float = 0.5,
-        frequencies: int | None = None,
+        frequencies: tuple[int, ...] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """band_limit in cycles per pixel, at most 0.5; frequencies: keep k < frequencies.
+        """band_limit in cycles per pixel, at most 0.5; frequencies: rising, leave out all other k.
 
         Raises CryobenchError for a size or band limit that gives no functions, or more than fit into memory.
         """
@@ -63,12 +63,15 @@ class SteerableBasis:
         limit = math.pi * band_limit * size  # 2 pi c R with R = size / 2
         self._table = BesselTable(math.ceil(limit) + 2, limit)
         k, zeros = self._table.zeros(limit)
-        kept = k < (len(k) if frequencies is None else frequencies)
-        #: angular frequency, number among those of that frequency, and zero R_kq of each radial function, (m,)
+        every = tuple(range(int(k.max()) + 1))
+        self.frequencies = torch.tensor(every if frequencies is None else frequencies)
+        kept = torch.isin(k, self.frequencies)
+        #: of each radial function (m,): angular frequency k, zero R_kq, index of k among the frequencies, number q
         self.k, self.zeros = k[kept], zeros[kept]
-        self.counts = torch.bincount(self.k)
+        self.block = torch.searchsorted(self.frequencies, self.k)
+        self.counts = torch.bincount(self.block)
         self.q = torch.cat([torch.arange(count) for count in self.counts.tolist()])
-        self.shape = (len(self.counts), 2, int(self.counts[0]))
+        self.shape = (len(self.counts), 2, int(self.counts.max()))
         self._ends = self._table(self.k + 1, self.zeros)
         self._side = size // 2 + 1
         triangle = torch.tril_indices(self._side, self._side)
@@ -90,17 +93,17 @@ class SteerableBasis:
         squares, radius = (y**2 + x**2).flatten().unique(return_inverse=True)
         angle = torch.atan2(y.double(), x.double()).flatten()
         at = 2 * math.pi * self.band_limit * squares.double().sqrt()
-        values = bessel(len(self.counts), at)
+        values = bessel(int(self.k.max()) + 1, at)
         lower = self._lower.cpu()
         parts = []
         for sine, rest, step in ((0, 0, 4), (0, 2, 4), (1, 2, 4), (1, 0, 4), (0, 1, 2)):
             chosen = ((self.k % step == rest) & (self.k >= sine)).nonzero()[:, 0]
             pixels = lower if step == 4 else torch.arange(self._side**2)
-            turns = torch.arange(len(self.counts))[:, None] * angle[pixels]
+            turns = self.frequencies[:, None] * angle[pixels]
             wave = (turns.sin() if sine else turns.cos()).float()
-            k = self.k[chosen]
-            matrix = self._radial(chosen, values[k], at).float()[:, radius[pixels]].mul_(wave[k])
-            place = (k * 2 + sine) * self.shape[2] + self.q[chosen]
+            block = self.block[chosen]
+            matrix = self._radial(chosen, values[self.k[chosen]], at).float()[:, radius[pixels]].mul_(wave[block])
+            place = (block * 2 + sine) * self.shape[2] + self.q[chosen]
             parts.append((matrix.to(self.device), place.to(self.device)))
         return parts
 
@@ -166,7 +169,7 @@ class SteerableBasis:
         scale = math.sqrt(2) / self.band_limit * (weights * nodes).sqrt()
         values = self._table(self.k[:, None], self.zeros[:, None] * nodes / self.band_limit) * scale
         out = torch.zeros(self.shape[0], self.shape[2], len(nodes), dtype=torch.float64)
-        out[self.k, self.q] = values / self._ends[:, None].abs()
+        out[self.block, self.q] = values / self._ends[:, None].abs()
         return out.mT.to(self.device)
 
     def radial_matrices(self, profile: Tensor) -> Tensor:
@@ -176,9 +179,9 @@ class SteerableBasis:
         """
         return self._fourier.mT @ (profile.to(self._fourier)[:, None] * self._fourier)
 
-    def radial_matrix(self, k: int, profiles: Tensor) -> Tensor:
-        """Several filters (G, nodes) for the one frequency k: (G, counts[k], counts[k]), float64."""
-        waves = self._fourier[k, :, : self.counts[k]]
+    def radial_matrix(self, block: int, profiles: Tensor) -> Tensor:
+        """Several filters (G, nodes) for one angular frequency, by its index: (G, count, count), float64."""
+        waves = self._fourier[block, :, : self.counts[block]]
         return (waves.T * profiles.to(waves)[:, None]) @ waves
 
 

@@ -32,7 +32,7 @@ from cryobench.methods.noise_spectrum import radial_noise_power
 if TYPE_CHECKING:
     from cryobench.imaging.training_data import TrainingData
 
-PIXELS = 2**23  # of the images that are expanded at once
+PIXELS = 2**21  # of the images that are expanded at once: more are no faster on a CPU
 
 steerable_basis = lru_cache(maxsize=2)(SteerableBasis)
 
@@ -86,12 +86,14 @@ class Method(Denoiser):
         mean, covariance, eigenvalues, shrunk = moments.solve(train.sigma**2, self.config.samples)
         values, vectors = torch.linalg.eigh(covariance)
         values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
-        # no more frequencies and components than carry something
+        # only the frequencies and components that carry something are kept, and k = 0 for the mean
         used = values > 1e-6 * values.max()
-        frequencies, rank = (int(used.any(axis).nonzero().max()) + 1 if used.any() else 1 for axis in (1, 0))
+        used[0, 0] = True
+        frequencies, rank = used.any(1).nonzero()[:, 0], int(used.any(0).sum())
         state = {
             "mean": mean,
-            "components": (vectors * values.sqrt()[:, None])[:frequencies, :, :rank],
+            "frequencies": frequencies,
+            "components": (vectors * values.sqrt()[:, None])[frequencies, :, :rank],
             "noise": noise,
             "background": background,
             "eigenvalues": eigenvalues,
@@ -130,7 +132,7 @@ class Method(Denoiser):
                 raise CryobenchError(f"cwf learnt at {learnt:g} A per pixel, these images have {given:g}: rescale them")
         state = {name: value.double() for name, value in self.state.items()}
         background, components = self.state["background"], state["components"]
-        basis = self._basis(size, len(components))
+        basis = self._basis(size, tuple(int(k) for k in self.state["frequencies"]))
         inside, back = _resize(images - background, size)
         out = torch.empty_like(inside)
         precision = basis.radial_matrices(1 / state["noise"])
@@ -153,7 +155,7 @@ class Method(Denoiser):
                 out[part] = basis.evaluate(filtered)
         return F.pad(out, back) + background
 
-    def _basis(self, size: int, frequencies: int | None = None) -> SteerableBasis:
+    def _basis(self, size: int, frequencies: tuple[int, ...] | None = None) -> SteerableBasis:
         return steerable_basis(size, self.config.band_limit, frequencies, self.device)
 
     def _groups(self, ctf: ContrastTransfer | None, n: int, basis: SteerableBasis) -> Iterator[tuple[Tensor, Tensor]]:

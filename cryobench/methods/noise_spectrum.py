@@ -10,7 +10,7 @@ from torch import Tensor
 from cryobench.methods.noise_level import corner_mask
 
 #: images whose corners are looked at; their pixels are many more than the numbers that are estimated
-MOST = 1000
+MOST = 500
 
 
 def radial_noise_power(images: Tensor, frequencies: Tensor, reach: float = 0.25) -> Tensor:
