@@ -54,13 +54,14 @@ def data(supervision: str) -> TrainingData:
 
 
 def tiny(supervision: str) -> TrainingData:
-    """Eight images and nothing beyond what the supervision allows: no clean ones, no structure."""
+    """Eight images and nothing beyond what the supervision allows: clean ones, the structure, only where it does."""
     part, _ = particles().split(8)
     level = SUPERVISION.index(supervision)
     second, _ = simulator().noisy(part.clean, 5, part.sigma)
     clean = part.clean if level >= SUPERVISION.index("clean-pairs") else None
     pairs = second if level >= SUPERVISION.index("noisy-pairs") else None
-    return TrainingData(supervision, part.noisy, clean, part.sigma, 4.0, second=pairs)
+    reference = data("reference").reference if supervision == "reference" else None
+    return TrainingData(supervision, part.noisy, clean, part.sigma, 4.0, second=pairs, reference=reference)
 
 
 def new(name: str, **options: object) -> Denoiser:

@@ -71,7 +71,9 @@ class Projector:
         step = max(1, CHUNK.get(self.device.type, 2**16) // len(self._pixels))
         for start in range(0, n, step):
             part = slice(start, start + step)
-            slices = self._slices(rotations[part])
+            slices = torch.zeros(len(rotations[part]), d * (d // 2 + 1), dtype=self._table.dtype, device=self.device)
+            slices[:, self._pixels] = self.sample(rotations[part], self._points)
+            slices = slices.view(-1, d, d // 2 + 1)
             if filters is not None:
                 slices *= (filters if len(filters) == 1 else filters[part]).to(self.device)
             if shifts is not None:
@@ -80,10 +82,19 @@ class Projector:
         # the transform has its origin at pixel 0; the images have it at pixel d // 2
         return torch.fft.fftshift(images, dim=(-2, -1))
 
-    def _slices(self, rotations: Tensor) -> Tensor:
-        """Central slices, (n, d, d // 2 + 1) complex, in the layout of rfft2 with the origin at pixel 0."""
+    def half_plane(self) -> tuple[Tensor, Tensor]:
+        """Flat indices (m,) into rfft2's layout, and frequencies (2, m), kx and ky in cycles per image, of the
+        coefficients that :meth:`project` computes: those inside the Nyquist circle."""
+        return self._pixels, self._points
+
+    def sample(self, rotations: Tensor, frequencies: Tensor) -> Tensor:
+        """The images' transforms at frequencies (2, m), kx and ky in cycles per image: (n, m) complex, unchecked.
+
+        The origin of the images is their centre pixel, here. Rotations (n, 3, 3) on the projector's device.
+        All n are computed at once, in some hundred bytes a coefficient.
+        """
         n, d, m = len(rotations), self.size, self._padded
-        points = self._points.to(self.dtype) * (m / d)
+        points = frequencies.to(self.dtype) * (m / d)
         position = (rotations[:, :, :2].transpose(0, 1).reshape(-1, 2) @ points).view(3, -1)  # x, y, z
         # only x >= 0 is stored: elsewhere take the conjugate of the opposite point
         sign = 1 - 2 * (position[0] < 0).to(self.dtype)
@@ -103,9 +114,7 @@ class Projector:
         value = torch.lerp(value[:2], value[2:], along_y)
         value = torch.lerp(value[0], value[1], along_x)
         value = torch.view_as_complex(torch.view_as_real(value).mul_(torch.stack([weight, weight * sign], 1)))
-        slices = torch.zeros(n, d * (d // 2 + 1), dtype=value.dtype, device=self.device)
-        slices[:, self._pixels] = value.view(n, -1)
-        return slices.view(n, d, d // 2 + 1)
+        return value.view(n, -1)
 
 
 def _gather(table: Tensor, cells: Tensor) -> Tensor:
