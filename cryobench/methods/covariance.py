@@ -19,6 +19,10 @@ from torch import Tensor
 
 from cryobench.imaging.steerable import SteerableBasis
 
+#: what the CTFs pass of a direction, as a share of what they pass at most, below which nothing is known of it:
+#: mean and covariance are 0 there instead of noise blown up. It takes a single defocus to come so low.
+UNSEEN = 1e-4
+
 
 class Moments:
     """Sums over images from which mean and covariance follow; images come in batches and are not kept.
@@ -60,9 +64,8 @@ class Moments:
         """
         n = self.images
         gram, second = self.gram / n, self.second / n
-        ridge = 1e-9 * gram[0].diagonal().mean() * torch.eye(len(gram[0]), device=gram.device)
         first = torch.stack([v for *_, v, _ in self._groups]).sum(0) / n
-        mean = torch.linalg.solve(gram[0] + ridge, first)
+        mean = torch.linalg.pinv(gram[0], rtol=UNSEEN, hermitian=True) @ first
         for count, _, along, block in self._groups:
             seen = block @ mean
             cross = torch.outer(along, seen)
@@ -89,7 +92,7 @@ class Moments:
             contrast = self.basis.radial_matrix(k, profiles)
             grams = contrast @ self.precision[k, :count, :count] @ contrast
             grams *= (weights / weights.sum()).sqrt()[:, None, None]
-            inverse = torch.linalg.pinv(grams.sum(0), hermitian=True)
+            inverse = torch.linalg.pinv(grams.sum(0), rtol=UNSEEN, hermitian=True)
             tall = grams.flatten(0, 1)  # the B_i below each other
 
             def apply(x: Tensor, tall: Tensor = tall) -> Tensor:
@@ -130,13 +133,15 @@ def conjugate_gradients(
 ) -> Tensor:
     """Matrix x with apply(x) = right for a symmetric positive operator; x -> inverse x inverse is nearly its inverse.
 
-    Stops at a residual of ``tolerance`` times that of x = 0, or after ``most`` steps.
+    Stops at a residual of ``tolerance`` times that of x = 0, both in the norm of inverse, or after ``most`` steps.
+    Where inverse is 0, so is x.
     """
     x, residual = torch.zeros_like(right), right.clone()
     step = inverse @ residual @ inverse
     direction, slope = step, (step * residual).sum()
+    enough = tolerance**2 * slope
     for _ in range(most):
-        if residual.norm() <= tolerance * right.norm():
+        if slope <= enough:
             break
         image = apply(direction)
         length = slope / (direction * image).sum()

@@ -77,7 +77,7 @@ class Method(Denoiser):
         basis = self._basis(size)
         images, _ = _resize(train.noisy, size)
         background = images[:, corner_mask(size, size)].mean()
-        whiten = self.config.whiten
+        whiten = self.config.whiten and train.sigma > 0
         noise = radial_noise_power(images, basis.nodes) if whiten else torch.ones_like(basis.nodes)
         moments = Moments(basis, noise.to(self.device))
         for members, profile in self._groups(train.ctf, len(images), basis):
