@@ -290,7 +290,7 @@ def by_aspire(folder, stacks, basis="ffb"):
         np.savez(folder / name, **given)
     done = subprocess.run([sys.executable, str(PEER), *names], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return [np.load(folder / f"{name}.out.npz") for name in names]
+    return [dict(np.load(folder / f"{name}.out.npz")) for name in names]
 
 
 def grouped(size, n, snr, with_ctf):
@@ -360,7 +360,7 @@ def test_five_times_faster_than_aspire_in_less_memory(tmp_path, size):
     for _ in range(2):
         theirs += by_aspire(tmp_path, [(noisy, sigma, pixel, None)])
         subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "0.npz")], check=True)
-        ours.append(np.load(tmp_path / "0.npz.ours.npz"))
+        ours.append(dict(np.load(tmp_path / "0.npz.ours.npz")))
         time.sleep(1)
     mine, peer = (min(float(run["seconds"]) for run in runs) for runs in (ours, theirs))
     peak, peer_peak = (max(float(run["peak"]) for run in runs) for runs in (ours, theirs))
