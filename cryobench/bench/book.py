@@ -31,9 +31,10 @@ from cryobench.paths import project_root
 #: chapters in reading order: (title of the part, notebooks of the folder notebooks/)
 PARTS = (
     ("Foundations", ("image-formation", "metrics", "statistics")),
+    ("Limits and honesty", ("limit", "invention")),
     ("Published tables", ("tables/zhang2024", "tables/tang2022", "audit")),
 )
-METHOD_ORDER = "noisy blank shrink lowpass-oracle mean gaussian bilateral lowpass bm3d ksvd dncnn".split()
+METHOD_ORDER = "noisy blank shrink lowpass-oracle mean gaussian bilateral lowpass bm3d ksvd cwf dncnn bayes".split()
 
 
 def build_book(profile: str, results: Path, output: Path | None, say: Callable[[str], None]) -> Path:
