@@ -60,6 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("-m", "--method", required=True)
     c.add_argument("-o", "--output", required=True, metavar="OUT.mrcs")
     c.add_argument("--sigma", type=float, help="noise standard deviation; default: estimated from the corners")
+    c.add_argument(
+        "--reference",
+        metavar="STRUCTURE",
+        help="specimen name or .pdb/.cif/.mrc/.map file, for methods that know the structure; particles must be "
+        "centred and bright",
+    )
+    c.add_argument("--ctf", metavar="STAR", help="CTF of the input's images, for methods that use it")
     c.add_argument("--train-on", nargs="+", default=[], metavar="STACK", help="with STACK_clean.mrcs beside it")
     c.add_argument("--weights", metavar="FILE")
     c.add_argument("--save-weights", metavar="FILE", help="keep what was learned")

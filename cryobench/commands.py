@@ -15,6 +15,8 @@ from cryobench.errors import CryobenchError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cryobench.specimens.catalog import Structure
+
 
 def _say(text: str) -> None:
     """Progress and remarks go to stderr, so that stdout stays what was asked for."""
@@ -86,15 +88,12 @@ def simulate(args: Namespace) -> None:
     from cryobench.bench.experiment import pick_device
     from cryobench.imaging.particles import Simulation, Simulator
     from cryobench.imaging.stacks import write_particles_set
-    from cryobench.specimens.catalog import resolve
 
     if args.n < 1:
         raise CryobenchError("ask for at least one image (-n)")
     output = _output(args.output, (".mrcs", ".mrc"))
     device = pick_device(args.device)
-    structure = resolve(args.structure, pixel_size=args.map_pixel_size)
-    if args.pixel_size is not None and args.map_pixel_size is None and structure.lacks_pixel_size():
-        structure = resolve(args.structure, pixel_size=args.pixel_size)
+    structure = _structure(args.structure, args.pixel_size, args.map_pixel_size)
     pixel_size = structure.pixel_size(args.size) if args.pixel_size is None else args.pixel_size
     fields = ("snr", "noise", "ctf", "shift", "contrast", "bfactor")
     simulation = Simulation(args.size, pixel_size, **{k: getattr(args, k) for k in fields})
@@ -115,7 +114,7 @@ def denoise(args: Namespace) -> None:
     """Denoise a stack or a micrograph; trains first where the method needs it."""
     from cryobench.bench.experiment import pick_device
     from cryobench.bench.tables import PROFILES
-    from cryobench.imaging.stacks import read_images
+    from cryobench.imaging.stacks import read_ctf, read_images
     from cryobench.methods.apply import prepare_method
     from cryobench.methods.noise_level import estimate_sigma
     from cryobench.specimens.mrc import write_mrc
@@ -126,6 +125,7 @@ def denoise(args: Namespace) -> None:
         raise CryobenchError("--sigma must be zero or positive, in the units of the images")
     output = _output(args.output, (".mrcs", ".mrc"))
     images, pixel_size = read_images(args.input, args.pixel_size)
+    ctf = read_ctf(args.ctf, args.input, images, pixel_size, args.pixel_size) if args.ctf else None
     sigma = estimate_sigma(images) if args.sigma is None else args.sigma
     method = prepare_method(
         args.method,
@@ -135,11 +135,13 @@ def denoise(args: Namespace) -> None:
         profile=args.profile,
         train_on=args.train_on,
         weights=args.weights,
+        reference=_structure(args.reference, args.pixel_size) if args.reference else None,
+        ctf=ctf,
         device=pick_device(args.device),
         seed=args.seed,
         say=_say,
     )
-    denoised = method.denoise(images, sigma)
+    denoised = method.denoise(images, sigma, ctf)
     if args.save_weights:
         method.save(args.save_weights)
     write_mrc(output, denoised.numpy(), pixel_size, stack=len(images) > 1 or output.suffix == ".mrcs")
@@ -294,6 +296,16 @@ def _profile(args: Namespace) -> str:
     if args.profile not in PROFILES:
         raise CryobenchError(f"no profile {args.profile!r}; there are: {', '.join(PROFILES)}")
     return str(args.profile)
+
+
+def _structure(name: str, pixel_size: float | None, map_pixel_size: float | None = None) -> Structure:
+    """The structure of that name; pixel_size (A) stands in where a map states none and none is given for it."""
+    from cryobench.specimens.catalog import resolve
+
+    structure = resolve(name, pixel_size=map_pixel_size)
+    if pixel_size is not None and map_pixel_size is None and structure.lacks_pixel_size():
+        structure = resolve(name, pixel_size=pixel_size)
+    return structure
 
 
 def _output(name: str, suffixes: tuple[str, ...]) -> Path:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from cryobench.errors import CryobenchError
+from cryobench.imaging.ctf import ContrastTransfer, Optics
 from cryobench.imaging.particles import Particles, Simulation
 from cryobench.imaging.rotations import matrix_to_euler
 from cryobench.specimens.mrc import read_mrc, write_mrc
-from cryobench.specimens.particle_star import ParticleTable, write_particles
+from cryobench.specimens.particle_star import ParticleTable, read_particles, write_particles
 
 
 def read_images(path: str | Path, pixel_size: float | None = None) -> tuple[Tensor, float]:
@@ -25,6 +26,61 @@ def read_images(path: str | Path, pixel_size: float | None = None) -> tuple[Tens
     """
     array, pixel = read_mrc(path, pixel_size)
     return torch.from_numpy(array), pixel
+
+
+def read_ctf(
+    star: str | Path, stack: str | Path, images: Tensor, pixel_size: float, given: float | None = None
+) -> ContrastTransfer:
+    """The CTF of the images (n, size, size) of a stack, in its order, from a STAR file.
+
+    Rows belong to the images that rlnImageName numbers. Where the file names several stacks, those of the stack's
+    name count; a single stack may have another name by now. pixel_size: of the images, angstrom; given: replaces that
+    of the STAR file. Raises CryobenchError unless each image has one row, all share optics and pixel size, and the
+    images are square; also as :func:`contrast_transfers` and ``read_particles`` do.
+    """
+    n, height, width = images.shape
+    if height != width:
+        raise CryobenchError(f"{stack} has images of {width} x {height} pixels: for a CTF they must be square")
+    table = read_particles(star, given)
+    if len(set(table.stacks)) > 1:
+        table = table.select(np.array([Path(name).name == Path(stack).name for name in table.stacks]))
+    order = np.argsort(table.indices)
+    if not np.array_equal(table.indices[order], np.arange(n)):
+        raise CryobenchError(
+            f"{star} must have one row for each image of {stack}, 1 to {n}; it has {len(table)} rows for "
+            f"{len(set(table.indices.tolist()) & set(range(n)))} of these"
+        )
+    table = table.select(order)
+    if (np.abs(table.pixel_size / pixel_size - 1) > 1e-3).any():
+        raise CryobenchError(
+            f"{star} has {table.pixel_size[0]:g} A pixels, {stack} {pixel_size:g} A: say which with --pixel-size"
+        )
+    groups = contrast_transfers(table, star)
+    if len(groups) > 1:
+        raise CryobenchError(f"{star} has {len(groups)} sets of optics for {stack}: split it into one stack for each")
+    return groups[0][1]
+
+
+def contrast_transfers(table: ParticleTable, star: str | Path) -> list[tuple[Tensor, ContrastTransfer]]:
+    """Which particles (indices), and their CTF, for each set of optics in the table of a STAR file.
+
+    Raises CryobenchError where defocus or optics are missing and for phase plates.
+    """
+    if table.defocus is None:
+        raise CryobenchError(f"{star} has no defocus (rlnDefocusU, rlnDefocusV, rlnDefocusAngle): estimate it first")
+    columns = [c for c in (table.voltage, table.cs, table.amplitude_contrast) if c is not None]
+    if len(columns) < 3:
+        raise CryobenchError(f"{star} has defocus but not rlnVoltage, rlnSphericalAberration and rlnAmplitudeContrast")
+    if table.phase_shift is not None and np.any(table.phase_shift):
+        raise CryobenchError(f"{star} has phase shifts (a phase plate): only reconstruct --engine relion knows these")
+    defocus = torch.from_numpy(table.defocus).float()
+    optics, group = np.unique(np.column_stack(columns), axis=0, return_inverse=True)
+    found = []
+    for i, (voltage, cs, contrast) in enumerate(optics.tolist()):
+        members = torch.from_numpy(np.flatnonzero(group.reshape(-1) == i))
+        shared = Optics(voltage, cs, contrast, float(table.pixel_size[0]))
+        found.append((members, ContrastTransfer(shared, defocus[members])))
+    return found
 
 
 def clean_beside(stack: Path) -> Path:

@@ -9,16 +9,20 @@ import torch
 from torch import Tensor
 
 from cryobench.errors import CryobenchError
+from cryobench.imaging.ctf import ContrastTransfer
+from cryobench.imaging.image_scale import image_scale
 from cryobench.imaging.particles import Simulation, Simulator, stream_seed
 from cryobench.imaging.stacks import clean_beside, read_images
-from cryobench.imaging.training_data import TrainingData
+from cryobench.imaging.training_data import Reference, TrainingData
 from cryobench.methods.base import Budget, Denoiser
 from cryobench.methods.noise_level import estimate_sigma
 from cryobench.methods.registry import get_method
-from cryobench.specimens.catalog import resolve
+from cryobench.specimens.catalog import Structure, resolve
 
 #: what a trained method learns from where the user gives nothing: size in px, number of images
 BUILT_IN_TRAINING = {"smoke": (32, 64), "quick": (64, 1000), "full": (128, 10_000)}
+#: how many times wider than the structure's usual box an image may be
+WIDEST = 5.0
 
 
 def prepare_method(
@@ -30,6 +34,8 @@ def prepare_method(
     profile: str,
     train_on: Sequence[str] = (),
     weights: str | None = None,
+    reference: Structure | None = None,
+    ctf: ContrastTransfer | None = None,
     device: str = "cpu",
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
@@ -37,31 +43,77 @@ def prepare_method(
     """The method ``name`` ready to denoise ``images`` (n, h, w) of noise level sigma and pixel size in angstrom.
 
     weights: file to load. train_on: stacks to learn from, each with its clean images beside it
-    (STACK_clean.mrcs) if the method's supervision asks for them. With neither, a method that needs noisy
-    images only learns from ``images``; one that needs clean images learns from simulated projections of the
-    built-in ``channel`` at the SNR of ``images``, which ``say`` announces.
-    Raises CryobenchError for unknown methods, and for stacks of different sizes or without clean images.
+    (STACK_clean.mrcs) if the method's supervision asks for them. reference: the structure, for methods that know it;
+    ctf: of ``images``. With neither weights nor train_on, a method that needs noisy images only learns from
+    ``images``; one that needs clean images learns from simulated projections of the built-in ``channel`` at the SNR of
+    ``images``; and ``channel`` is the reference where none is given. ``say`` announces what is not the user's own.
+    Raises CryobenchError for unknown methods, for what the method cannot use, for images that are not finite, and for
+    stacks of different sizes or without clean images.
     """
     method_class = get_method(name)
+    supervision = method_class.supervision
+    if not torch.isfinite(images).all():
+        raise CryobenchError("images hold NaN or infinite values: mend or remove those images first")
+    if reference is not None and supervision != "reference":
+        raise CryobenchError(f"{name} knows no structure: --reference is for methods of supervision 'reference'")
+    if reference is not None and weights:
+        raise CryobenchError("--weights hold the structure already: give them or --reference")
+    if train_on and supervision == "reference":
+        raise CryobenchError(f"{name} does not learn from stacks: give the structure with --reference")
+    if train_on and ctf is not None and method_class.uses_ctf:
+        raise CryobenchError(f"{name} needs the CTF of what it learns from, and --ctf is that of the input only")
+    if ctf is not None and not method_class.uses_ctf:
+        say(f"{name} makes no use of the CTF")
     if weights:
         return method_class.load(weights, device)
     method = method_class(method_class.config_for(profile), device, seed)
     if method_class.fit is Denoiser.fit:
         return method
     if train_on:
-        train = _from_stacks(method_class.supervision, train_on, pixel_size)
-    elif method_class.supervision in ("none", "sigma", "noisy"):
-        train = TrainingData(method_class.supervision, images, None, sigma, pixel_size)
+        train = _from_stacks(supervision, train_on, pixel_size)
+    elif supervision in ("none", "sigma", "noisy"):
+        train = TrainingData(supervision, images, None, sigma, pixel_size, ctf=ctf)
+    elif supervision == "reference":
+        train = _from_structure(reference, images, sigma, pixel_size, ctf, device, say)
     else:
-        train = _from_built_in(method_class.supervision, images, sigma, pixel_size, profile, device, seed, say)
+        train = _from_built_in(supervision, images, sigma, pixel_size, profile, device, seed, say)
     method.fit(train, Budget(progress=True))
     return method
+
+
+def _from_structure(
+    structure: Structure | None,
+    images: Tensor,
+    sigma: float,
+    pixel_size: float,
+    ctf: ContrastTransfer | None,
+    device: str,
+    say: Callable[[str], None],
+) -> TrainingData:
+    """The images behind the gate with their structure: bright, centred particles in white noise, all of one gain."""
+    if structure is None:
+        structure = resolve("channel")
+        say("no --reference and no --weights: the built-in 'channel' is the structure; what it draws will be that")
+    height, width = images.shape[1:]
+    size = max(height, width)
+    if pixel_size > WIDEST * structure.pixel_size(size):
+        raise CryobenchError(
+            f"images of {width} x {height} pixels of {pixel_size:g} A are far wider than {structure.name}: "
+            "cut out boxes of one particle"
+        )
+    volume, notes = structure.density(size, pixel_size)
+    for note in notes:
+        say(f"{structure.name}: {note}")
+    scale, offset = image_scale(images, volume.to(device), sigma, ctf)
+    say(f"estimated from the images: clean = {scale:.6g} * projection of {structure.name} + {offset:.6g}")
+    known = Reference(volume, structure.symmetry, scale, offset)
+    return TrainingData("reference", images, None, sigma, pixel_size, ctf=ctf, reference=known)
 
 
 def _from_stacks(supervision: str, stacks: Sequence[str], pixel_size: float) -> TrainingData:
     noisy = [read_images(path, pixel_size)[0] for path in stacks]
     clean = None
-    if supervision in ("clean-pairs", "reference"):
+    if supervision == "clean-pairs":
         clean = [read_images(clean_beside(Path(path)), pixel_size)[0] for path in stacks]
         if [c.shape for c in clean] != [x.shape for x in noisy]:
             raise CryobenchError("a stack to train on and its clean images differ in shape")

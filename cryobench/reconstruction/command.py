@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from cryobench.errors import CryobenchError
-from cryobench.imaging.ctf import Optics, ctf_2d
 from cryobench.imaging.rotations import euler_to_matrix
+from cryobench.imaging.stacks import contrast_transfers
 from cryobench.reconstruction.fourier import reconstruct_halves
 from cryobench.reconstruction.fsc import fsc_report
 from cryobench.specimens.maps import read_map
@@ -85,20 +85,10 @@ def _ctf(table: ParticleTable, star: Path, size: int) -> Tensor | None:
     """CTF (n, size, size // 2 + 1) of the particles, None where the file has no defocus."""
     if table.defocus is None:
         return None
-    columns = [c for c in (table.voltage, table.cs, table.amplitude_contrast) if c is not None]
-    if len(columns) < 3:
-        raise CryobenchError(f"{star} has defocus but not rlnVoltage, rlnSphericalAberration and rlnAmplitudeContrast")
-    if table.phase_shift is not None and np.any(table.phase_shift):
-        raise CryobenchError(f"{star} has phase shifts (a phase plate): use --engine relion")
-    defocus = torch.from_numpy(table.defocus).float()
-    optics, group = np.unique(np.column_stack(columns), axis=0, return_inverse=True)
-    ctf = torch.empty(len(table), size, size // 2 + 1)
-    for i, (voltage, cs, contrast) in enumerate(optics.tolist()):
-        chosen = torch.from_numpy(group.reshape(-1) == i)
-        u, v, angle = defocus[chosen].unbind(1)
-        shared = Optics(voltage, cs, contrast, float(table.pixel_size[0]))
-        ctf[chosen] = ctf_2d(u, v, angle, shared, size).float()
-    return ctf
+    images = torch.empty(len(table), size, size // 2 + 1)
+    for members, ctf in contrast_transfers(table, star):
+        images[members] = ctf.images(size)
+    return images
 
 
 def _with_relion(table: ParticleTable, star: Path, symmetry: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,169 @@
+"""Methods that need the structure or the CTF on somebody's own stack, through the command line."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cryobench.cli import main
+from cryobench.errors import CryobenchError
+from cryobench.imaging.ctf import Optics, ctf_2d
+from cryobench.imaging.image_scale import image_scale
+from cryobench.imaging.particles import Simulation, Simulator
+from cryobench.imaging.stacks import contrast_transfers, read_ctf
+from cryobench.methods.noise_level import estimate_sigma
+from cryobench.specimens.catalog import resolve
+from cryobench.specimens.mrc import read_mrc, write_mrc
+from cryobench.specimens.particle_star import ParticleTable, read_particles, write_particles
+
+N = 16
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("apply") / "c.mrcs"
+    assert main(["simulate", "channel", "-o", str(path), "-n", str(N), "--size", "32", "--ctf"]) == 0
+    return path
+
+
+def denoised(stack: Path, out: Path, *arguments: str) -> float:
+    """PSNR in dB, of the range of the clean images."""
+    assert main(["denoise", str(stack), "-o", str(out), "--profile", "smoke", *arguments]) == 0
+    return psnr(stack, out)
+
+
+def psnr(stack: Path, out: Path) -> float:
+    clean = read_mrc(stack.with_name("c_clean.mrcs"))[0]
+    return float(-10 * np.log10(np.square(read_mrc(out)[0] - clean).mean()))
+
+
+def failing(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    assert main(["denoise", *map(str, arguments)]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1, said
+    assert said[0].startswith("cryobench: ")
+    return said[0]
+
+
+def test_the_limit_needs_the_right_structure_and_the_ctf(
+    stack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, ctf = tmp_path / "o.mrcs", ["--ctf", str(stack.with_suffix(".star"))]
+    # as a map file of another box and pixel size, which states no symmetry
+    structure = resolve("channel")
+    write_mrc(tmp_path / "channel.mrc", structure.density(54, 5.0)[0].numpy(), 5.0, stack=False)
+    limit = denoised(stack, out, "-m", "bayes", "--reference", "channel", *ctf)
+    capsys.readouterr()
+    default = denoised(stack, tmp_path / "default.mrcs", "-m", "bayes", *ctf)
+    assert "'channel' is the structure" in capsys.readouterr().err
+    assert default == limit
+    assert limit > psnr(stack, stack) + 22
+    assert denoised(stack, out, "-m", "bayes", "--reference", str(tmp_path / "channel.mrc"), *ctf) > limit - 1.5
+    assert denoised(stack, out, "-m", "bayes", "--reference", "channel") < limit - 8
+    assert denoised(stack, out, "-m", "bayes", "--reference", "transporter", *ctf) < limit - 8
+
+
+def test_the_ctf_reaches_methods_that_learn_from_the_input(
+    stack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, star = tmp_path / "o.mrcs", str(stack.with_suffix(".star"))
+    weights = str(tmp_path / "w")
+    assert denoised(stack, out, "-m", "cwf", "--ctf", star, "--save-weights", weights) > psnr(stack, stack) + 10
+    assert json.loads(Path(weights + ".json").read_text())["info"]["ctf"] is True
+    again = tmp_path / "again.mrcs"
+    denoised(stack, again, "-m", "cwf", "--ctf", star, "--weights", weights)
+    assert (read_mrc(again)[0] == read_mrc(out)[0]).all()
+    capsys.readouterr()
+    denoised(stack, out, "-m", "gaussian", "--ctf", star)
+    assert "gaussian makes no use of the CTF" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "ctf", "snr", "tolerance"), [(32, True, 0.1, 0.03), (33, False, 0.02, 0.05)])
+def test_scale_and_offset_are_those_of_the_simulation(size: int, ctf: bool, snr: float, tolerance: float) -> None:
+    structure = resolve("channel")
+    pixel = structure.pixel_size(size)
+    volume = structure.density(size, pixel)[0]
+    simulator = Simulator(volume, Simulation(size, pixel, snr, ctf=ctf))
+    particles = simulator.simulate(300, 5)
+    transfer = simulator.contrast_transfer(particles.defocus)
+    images = particles.noisy if ctf else particles.noisy[:, 3:-2]  # rows of background: the centre stays the centre
+    scale, offset = image_scale(images, volume, estimate_sigma(images), transfer)
+    assert scale == pytest.approx(particles.scale, rel=tolerance)
+    contrast = float(particles.clean.std())
+    assert offset == pytest.approx(particles.offset, abs=0.02 * contrast if ctf else 0.05 * contrast)
+    with pytest.raises(CryobenchError, match="nothing of the structure"):
+        image_scale(images, volume, 2 * estimate_sigma(images), transfer)
+
+
+def test_rows_find_their_images(stack: Path, tmp_path: Path) -> None:
+    images = torch.from_numpy(read_mrc(stack)[0])
+    table = read_particles(stack.with_suffix(".star"))
+    pixel = float(table.pixel_size[0])
+    assert table.defocus is not None
+    shuffled = table.select(np.random.default_rng(0).permutation(N))
+    write_particles(tmp_path / "shuffled.star", shuffled)
+    # rows of another stack among them
+    other = dataclasses.replace(table, stacks=["other.mrcs"] * N, defocus=table.defocus + 1000)
+    fields: dict[str, Any] = {
+        f.name: getattr(shuffled, f.name) for f in dataclasses.fields(table) if f.name != "stacks"
+    }
+    both = {k: v if v is None else np.concatenate([v, getattr(other, k)]) for k, v in fields.items()}
+    write_particles(tmp_path / "both.star", ParticleTable(shuffled.stacks + other.stacks, **both))
+    for star in (stack.with_suffix(".star"), tmp_path / "shuffled.star", tmp_path / "both.star"):
+        ctf = read_ctf(star, stack, images, pixel)
+        assert torch.equal(ctf.defocus, torch.from_numpy(table.defocus).float())
+        assert ctf.optics == Optics(300.0, 2.7, 0.1, pixel)
+
+
+def test_each_set_of_optics_has_its_own_ctf(stack: Path) -> None:
+    table = read_particles(stack.with_suffix(".star"))
+    voltage = np.where(np.arange(N) % 3 == 0, 200.0, 300.0)
+    assert table.defocus is not None
+    groups = contrast_transfers(dataclasses.replace(table, voltage=voltage), "p.star")
+    assert sorted(torch.cat([members for members, _ in groups]).tolist()) == list(range(N))
+    for members, ctf in groups:
+        u, v, angle = torch.from_numpy(table.defocus[members.numpy()]).float().unbind(1)
+        optics = Optics(200.0 if members[0] % 3 == 0 else 300.0, 2.7, 0.1, float(table.pixel_size[0]))
+        assert torch.equal(ctf.images(32), ctf_2d(u, v, angle, optics, 32).float())
+
+
+def test_what_does_not_fit_is_said_in_one_line(stack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, star = tmp_path / "o.mrcs", tmp_path / "p.star"
+    table = read_particles(stack.with_suffix(".star"))
+    kept = np.arange(N)
+    for changed, said in (
+        (table.select(kept[1:]), "15 rows for 15"),
+        (table.select(np.append(kept[:-1], 0)), "16 rows for 15"),
+        (dataclasses.replace(table, indices=kept + 1), "16 rows for 15"),
+        (dataclasses.replace(table, stacks=["a.mrcs"] * 8 + ["b.mrcs"] * 8), "0 rows"),
+        (dataclasses.replace(table, defocus=None), "no defocus"),
+        (dataclasses.replace(table, cs=None), "rlnSphericalAberration"),
+        (dataclasses.replace(table, phase_shift=np.full(N, 90.0)), "phase plate"),
+        (dataclasses.replace(table, voltage=np.where(kept < 3, 200.0, 300.0)), "2 sets of optics"),
+        (dataclasses.replace(table, pixel_size=table.pixel_size * 1.1), "--pixel-size"),
+    ):
+        write_particles(star, changed)
+        assert said in failing(capsys, stack, "-m", "cwf", "-o", out, "--ctf", star)
+    images, pixel = read_mrc(stack)
+    write_mrc(tmp_path / "oblong.mrcs", images[:, 2:], pixel)
+    right = stack.with_suffix(".star")
+    assert "square" in failing(capsys, tmp_path / "oblong.mrcs", "-m", "cwf", "-o", out, "--ctf", right)
+    assert "no_such.star" in failing(capsys, stack, "-m", "cwf", "-o", out, "--ctf", tmp_path / "no_such.star")
+    bayes = (stack, "-m", "bayes", "-o", out)
+    assert "--reference" in failing(capsys, *bayes, "--train-on", stack)
+    assert "chanel" in failing(capsys, *bayes, "--reference", "chanel")
+    assert "--reference" in failing(capsys, *bayes, "--reference", "channel", "--weights", tmp_path / "w")
+    assert "fit" in failing(capsys, *bayes, "--reference", "channel", "--pixel-size", "2")
+    assert "boxes" in failing(capsys, *bayes, "--reference", "channel", "--pixel-size", "60")
+    assert "--reference" in failing(capsys, stack, "-m", "bm3d", "-o", out, "--reference", "channel")
+    assert "--ctf" in failing(capsys, stack, "-m", "cwf", "-o", out, "--train-on", stack, "--ctf", right)
+    data = bytearray(stack.read_bytes())
+    data[2048:2052] = np.float32(np.nan).tobytes()
+    (tmp_path / "nan.mrcs").write_bytes(data)
+    assert "NaN" in failing(capsys, tmp_path / "nan.mrcs", "-m", "bayes", "-o", out, "--reference", "channel")
+    assert not out.exists()
