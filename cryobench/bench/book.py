@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ PARTS = (
     ("Limits and honesty", ("limit", "invention")),
     ("Published tables", ("tables/zhang2024", "tables/tang2022", "audit")),
 )
+LONG = ("limit", "invention")  # chapters that take more than a minute
 METHOD_ORDER = "noisy blank shrink lowpass-oracle mean gaussian bilateral lowpass bm3d ksvd cwf dncnn bayes".split()
 
 
@@ -101,24 +103,26 @@ def _chapters() -> list[str]:
 
 
 def _execute_chapters(profile: str, results: Path, say: Callable[[str], None]) -> dict[str, Path]:
-    """Executed chapters by name; a chapter whose inputs are unchanged is not run again."""
-    folder = project_root() / "notebooks"
-    done = {}
-    for name in _chapters():
-        notebook = folder / f"{name}.ipynb"
+    """Executed chapters by name, two at a time; a chapter whose inputs are unchanged is not run again."""
+    read = [hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(results.glob(f"*/{profile}/*.json"))]
+
+    def chapter(name: str) -> Path:
+        notebook = project_root() / "notebooks" / f"{name}.ipynb"
         target = results / "chapters" / profile / f"{name}.ipynb"
         given: dict[str, Any] = {"profile": profile, "results": str(results.resolve())}
         given = {k: v for k, v in given.items() if k in parameters_of(notebook)}
-        records = [p.read_bytes() for p in sorted(results.glob(f"*/{profile}/*.json"))] if "results" in given else []
-        read = [hashlib.sha256(r).hexdigest() for r in records]
-        state = digest([notebook_hash(notebook), notebook_code(notebook), read])
+        state = digest([notebook_hash(notebook), notebook_code(notebook), read if "results" in given else []])
         stamp = target.with_suffix(".stamp")
         if not (target.exists() and stamp.exists() and stamp.read_text() == state):
             say(f"chapter {name} ...")
-            execute(notebook, target, given)
+            execute(notebook, target, given, threads=max(1, (os.cpu_count() or 1) // 2))
             stamp.write_text(state)
-        done[name] = target
-    return done
+        return target
+
+    # the longest first, so that the last one does not run alone
+    names = sorted(_chapters(), key=lambda name: name not in LONG)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return dict(zip(names, pool.map(chapter, names), strict=True))
 
 
 def _write_source(source: Path, chapters: dict[str, Path], runs: dict[str, list[Path]]) -> None:
