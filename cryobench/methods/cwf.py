@@ -133,8 +133,7 @@ class Method(Denoiser):
         state = {name: value.double() for name, value in self.state.items()}
         background, components = self.state["background"], state["components"]
         basis = self._basis(size, tuple(int(k) for k in self.state["frequencies"]))
-        inside, back = _resize(images - background, size)
-        out = torch.empty_like(inside)
+        out = torch.empty_like(images)
         precision = basis.radial_matrices(1 / state["noise"])
         identity = torch.eye(components.shape[2], device=self.device)
         for members, profile in self._groups(ctf if self.info["ctf"] else None, len(images), basis):
@@ -149,11 +148,12 @@ class Method(Denoiser):
                 gain, shift = transfer @ gain, transfer[0] @ shift
             gain, shift = gain.mT.float(), shift.float()
             for part in members.split(max(1, PIXELS // size**2)):
-                coefficients = basis.expand(inside[part])
+                inside, back = _resize(images[part] - background, size)
+                coefficients = basis.expand(inside)
                 filtered = (by_frequency(coefficients) @ gain).view(len(gain), -1, 2, gain.shape[2]).transpose(0, 1)
                 filtered[:, 0, 0] += shift
-                out[part] = basis.evaluate(filtered)
-        return F.pad(out, back) + background
+                out[part] = F.pad(basis.evaluate(filtered), back) + background
+        return out
 
     def _basis(self, size: int, frequencies: tuple[int, ...] | None = None) -> SteerableBasis:
         return steerable_basis(size, self.config.band_limit, frequencies, self.device)
@@ -178,4 +178,4 @@ def _resize(images: Tensor, size: int) -> tuple[Tensor, list[int]]:
     h, w = images.shape[1:]
     margins = [size // 2 - w // 2, 0, size // 2 - h // 2, 0]
     margins[1], margins[3] = size - w - margins[0], size - h - margins[2]
-    return F.pad(images, margins), [-margin for margin in margins]
+    return F.pad(images, margins) if any(margins) else images, [-margin for margin in margins]
