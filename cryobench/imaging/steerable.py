@@ -57,7 +57,7 @@ class SteerableBasis:
         if 4 * size**2 / 8 * (math.pi * band_limit * size) ** 2 / 4 > LARGEST_BASIS:
             raise CryobenchError(
                 f"the basis of {size} px and band limit {band_limit} does not fit into {LARGEST_BASIS / 1e9:.0f} GB: "
-                "bin the images, or lower the band limit"
+                "cut out smaller boxes, bin the images or lower the band limit"
             )
         self.size, self.band_limit, self.device = size, band_limit, torch.device(device)
         limit = math.pi * band_limit * size  # 2 pi c R with R = size / 2

@@ -39,7 +39,7 @@ steerable_basis = lru_cache(maxsize=2)(SteerableBasis)
 
 @dataclass(frozen=True)
 class Config:
-    """Nothing but the grouping and the samples is a choice of ours; the paper leaves no knob to turn.
+    """What the paper leaves open.
 
     ctf_groups: most groups of equal steps of mean defocus, each with one radial CTF (astigmatism is left out).
     whiten: estimate the noise's spectrum instead of taking it for white.
@@ -103,7 +103,7 @@ class Method(Denoiser):
         self.info = {"size": size, "pixel_size": train.pixel_size, "ctf": train.ctf is not None, "images": len(images)}
 
     def denoise(self, images: Tensor, sigma: float | None = None, ctf: ContrastTransfer | None = None) -> Tensor:
-        """Denoise images (n, h, w), which keep the effect of their CTF.
+        """Denoise images (n, h, w), which keep the effect of their CTF; sigma 0 projects onto the components learnt.
 
         A method that learnt from images without CTF ignores ctf. Raises CryobenchError when not fitted, for images
         of more than twice the size learnt, and when the CTF is missing or belongs to another pixel size.
