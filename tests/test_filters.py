@@ -6,6 +6,7 @@ import torch
 from scipy import ndimage
 
 from cryobench.errors import CryobenchError, SupervisionError
+from cryobench.imaging import dct
 from cryobench.imaging.training_data import TrainingData
 from cryobench.methods import bilateral, blank, gaussian, linear, lowpass, lowpass_oracle, mean, noisy, shrink
 from cryobench.methods.base import Budget
@@ -47,7 +48,7 @@ def test_mean_and_gaussian_are_those_of_scipy(shape):
 
 
 def test_lowpass_keeps_what_is_below_and_drops_what_is_above():
-    wave = linear.dct_matrix(64)
+    wave = dct.dct_matrix(64)
     low, high = wave[10][None, None].expand(1, 64, 64), wave[30][None, None].expand(1, 64, 64)  # 0.078, 0.234
     out = lowpass.Method(lowpass.Config(cutoff=0.15)).denoise(low + high, 0.0)
     assert torch.allclose(out, low, atol=1e-5)
@@ -60,8 +61,8 @@ def test_dct_is_that_of_scipy():
 
     images = noise(torch.zeros(2, 13, 20), 1.0)
     expected = dctn(images.numpy(), axes=(1, 2), norm="ortho")
-    np.testing.assert_allclose(linear.dct2(images).numpy(), expected, atol=1e-5)
-    assert torch.allclose(linear.idct2(linear.dct2(images)), images, atol=1e-5)
+    np.testing.assert_allclose(dct.dct2(images).numpy(), expected, atol=1e-5)
+    assert torch.allclose(dct.idct2(dct.dct2(images)), images, atol=1e-5)
 
 
 def test_bilateral_is_the_textbook_sum():
@@ -120,10 +121,8 @@ def test_stein_chooses_nearly_the_best_bilateral_widths(snr):
 def test_stein_risk_is_unbiased():
     clean, sigma, gains = blobs(1, 24, 20), 0.7, lowpass.Method().gains(0.1, 24, 20)
     images = clean + noise(clean.expand(2000, -1, -1), sigma)
-    true = float((linear.idct2(linear.dct2(images) * gains) - clean).square().sum((1, 2)).mean())
-    assert linear.stein_risk(linear.dct2(images).square().double().mean(0), gains, sigma) == pytest.approx(
-        true, rel=0.02
-    )
+    true = float((dct.idct2(dct.dct2(images) * gains) - clean).square().sum((1, 2)).mean())
+    assert linear.stein_risk(dct.dct2(images).square().double().mean(0), gains, sigma) == pytest.approx(true, rel=0.02)
 
 
 @pytest.mark.parametrize("module", FILTERS)
@@ -184,12 +183,12 @@ def test_lowpass_oracle_is_the_best_isotropic_filter():
         assert oracle < error(module.Method().denoise(images, sigma), clean)
     # the gains that no filter of rings can beat, from the truth ring by ring
     power = method.state["power"]
-    ring = (linear.radius(48, 48) * 96).round().long()
-    truth, seen = linear.dct2(clean - clean.mean()), linear.dct2(images - clean.mean())
+    ring = (dct.radius(48, 48) * 96).round().long()
+    truth, seen = dct.dct2(clean - clean.mean()), dct.dct2(images - clean.mean())
     top, bottom = torch.zeros(200), torch.zeros(200)
     top.index_add_(0, ring.flatten(), (truth * seen).mean(0).flatten())
     bottom.index_add_(0, ring.flatten(), seen.square().mean(0).flatten())
-    best = error(linear.idct2(seen * (top / bottom.clamp(min=1e-9))[ring]) + clean.mean(), clean)
+    best = error(dct.idct2(seen * (top / bottom.clamp(min=1e-9))[ring]) + clean.mean(), clean)
     assert oracle < best * 1.02
     assert method.denoise(images[:1, :33, :40], sigma).shape == (1, 33, 40)
     assert torch.isfinite(power).all()

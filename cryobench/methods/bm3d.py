@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from cryobench.errors import CryobenchError
+from cryobench.imaging.dct import dct_matrix
 from cryobench.methods.base import Denoiser
-from cryobench.methods.linear import dct_matrix
 from cryobench.methods.noise_level import corner_mask
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from cryobench.errors import CryobenchError
+from cryobench.imaging.dct import radius
 from cryobench.methods.base import Denoiser
-from cryobench.methods.linear import filter_images, radius
+from cryobench.methods.linear import filter_images
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from cryobench.errors import CryobenchError
+from cryobench.imaging.dct import dct2, idct2, radius
 from cryobench.methods.base import Budget, Denoiser
-from cryobench.methods.linear import dct2, idct2, radius
 
 if TYPE_CHECKING:
     from cryobench.imaging.training_data import TrainingData

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cryobench.errors import CryobenchError
-from cryobench.methods.linear import dct2, idct2
+from cryobench.imaging.dct import dct2, idct2
 
 #: scrambled images per output
 DRAWS = 8
