@@ -21,7 +21,8 @@ def invention_text(run: Run) -> str:
     n = len(invention.noise.noise)
     return "\n".join(
         (
-            f"pure noise in ({n} images): {v['noise_energy']:.3g} of its energy comes out",
+            f"pure noise in ({n} images): what comes out has {v['noise_energy']:.3g} of its energy; without the fixed "
+            f"image in it {v['noise_passed']:.3g}",
             f"  correlation with the nearest projection {v['noise_correlation']:.3f}; scrambled "
             f"{v['noise_correlation_null']:.3f}; z {v['noise_correlation_z']:.1f}",
             f"  average of all, aligned to one projection: {v['einstein']:.2f} like it; scrambled "

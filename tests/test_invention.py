@@ -1,6 +1,7 @@
 """Nearest projections, their null, and Einstein from noise, against plain loops and closed forms."""
 
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -81,14 +82,35 @@ def test_a_denoiser_that_draws_the_structure_is_caught() -> None:
     noise = white(32, 24, 31)
     honest = invention.pure_noise(lambda x: 0.5 * x, noise, projections)
     found = invention.pure_noise(inventor, noise, projections)
-    assert honest.energy == pytest.approx(0.25, rel=1e-5)
+    assert (honest.energy, honest.passed) == pytest.approx((0.25, 0.25), rel=1e-5)
     assert abs(honest.z) < 3 < found.z
     assert honest.einstein == pytest.approx(honest.einstein_raw, abs=1e-6)
     drawn = invention.pure_noise(lambda x: projections[: len(x)], noise, projections)
     assert torch.allclose(drawn.correlation, torch.ones(32), atol=1e-5)
     assert torch.equal(drawn.nearest, projections[:32])
     flat = invention.pure_noise(torch.zeros_like, noise, projections)
-    assert (flat.energy, flat.z, flat.einstein) == (0, 0, 0)
+    assert (flat.energy, flat.passed, flat.z, flat.einstein) == (0, 0, 0, 0)
+
+
+def test_a_fixed_image_has_energy_and_passes_no_noise() -> None:
+    """Half the noise and a picture: 1/4 passes, all of what is above that is the picture."""
+    noise, picture = white(64, 21, 30), 2 * blobs(21, 30)[0]
+    both = invention.pure_noise(lambda x: 0.5 * x + picture, noise, blobs(21, 30))
+    outputs = 0.5 * noise + picture
+    about_mean = ((outputs - outputs.mean(0)) ** 2).sum() / (63 * 630)
+    assert both.passed == pytest.approx(float(about_mean / noise.var(0).mean()), rel=1e-5)
+    assert both.passed == pytest.approx(0.25, rel=1e-5)
+    assert both.energy == pytest.approx(0.25 + float(picture.var()), rel=0.03)
+    alone = invention.pure_noise(lambda x: picture.expand(len(x), -1, -1), noise, blobs(21, 30))
+    assert alone.passed < 1e-12 < alone.energy
+
+
+def test_one_image_has_no_spread() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one = invention.pure_noise(lambda x: x, white(1, 12, 9), blobs(12, 9))
+        assert math.isnan(one.passed)
+        assert one.z == 0
 
 
 def test_rotation_by_right_angles_is_exact_and_by_others_that_of_a_turned_blob() -> None:
@@ -152,7 +174,9 @@ def test_a_run_says_what_its_method_invents(method: str, table: str) -> None:
     numbers, spectra = record["invention"], record["spectral"]
     assert {len(v) for v in spectra.values()} == {17}
     assert numbers["snbr"] == pytest.approx({"noisy": numbers["snr"], "blank": 1}[method], rel=1e-4)
-    assert numbers["noise_energy"] == pytest.approx({"noisy": 1, "blank": numbers["noise_energy"]}[method], rel=1e-4)
+    assert numbers["noise_passed"] == pytest.approx({"noisy": 1, "blank": 0}[method], abs=1e-4)
+    drawn = numbers["noise_energy"] - numbers["noise_passed"]
+    assert (drawn > 0.01) == (method == "blank"), "energy of a fixed image"
     assert (numbers["noise_correlation_z"] > 5) == (method == "blank")
     noise = run.invention().noise.noise
     assert float(noise.std()) == pytest.approx(run.sigma, rel=0.05)
@@ -160,6 +184,7 @@ def test_a_run_says_what_its_method_invents(method: str, table: str) -> None:
     coloured = ring_power(noise - noise.mean())[1:]
     assert (float(coloured[0] / coloured[-1]) > 2) == (table == "tang2022"), "noise of the data's own kind"
     assert f"SNBR {numbers['snbr']:.3g}" in invention_text(run)
+    assert f"image in it {numbers['noise_passed']:.3g}" in invention_text(run)
     assert invention_card(run)._repr_png_().startswith(b"\x89PNG")
 
 

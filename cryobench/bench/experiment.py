@@ -80,6 +80,7 @@ class Invention:
         """For the record; None for what is infinite, as the SNR of images without noise."""
         values = {
             "noise_energy": self.noise.energy,
+            "noise_passed": self.noise.passed,
             "noise_correlation": float(self.noise.correlation.mean()),
             "noise_correlation_null": float(self.noise.null.mean()),
             "noise_correlation_z": self.noise.z,

@@ -22,7 +22,7 @@ from cryobench.metrics.bootstrap import summarise
 from cryobench.specimens.catalog import available
 
 SCORES = ("mse", "psnr", "ssim", "psnr_fit")
-INVENTION = ("snbr_scale_free", "noise_energy", "noise_correlation", "noise_correlation_null")
+INVENTION = ("snbr_scale_free", "noise_energy", "noise_passed", "noise_correlation", "noise_correlation_null")
 NOTES = (
     "paper: as published. legacy: scored as {legacy}, the paper's probable habits. fair: one scale for all images, "
     "noise unclipped. fitted: after the best gain and offset per image.",
@@ -30,8 +30,9 @@ NOTES = (
     "error against that of the best possible denoiser (bayes), on the same images.",
     "rank: 1 + the methods whose fair PSNR is higher by a paired 95 % interval that leaves out 0 (each pair on its "
     "own); reference rows have none.",
-    "SNBR': signal against noise and bias in the output, whatever its gain. noise energy: share of pure noise that "
-    "passes. -: not stated, not built, not measured.",
+    "SNBR': signal against noise and bias in the output, whatever its gain. noise energy: energy of what comes out of "
+    "pure noise, per energy of the noise; a fixed image counts too (noise passed: without it). -: not stated, not "
+    "built, not measured.",
 )
 
 Maker = Callable[[str, list[Column], list[Row], list[str]], str]

@@ -60,6 +60,7 @@ COLUMNS = (
     Column("rank", "rank", "d"),
     Column("snbr_scale_free", "SNBR'", ".2f"),
     Column("noise_energy", "noise\nenergy", ".4f"),
+    Column("noise_passed", "noise\npassed", ".4f", narrow=False),
     Column("noise_correlation", "noise\ncorrelation", ".3f", narrow=False),
     Column("noise_correlation_null", "its\nnull", ".3f", narrow=False),
     Column("fit_seconds", "fit\ns", ".0f"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ from cryobench.imaging.training_data import TrainingData
 from cryobench.methods.base import Budget, Denoiser
 from cryobench.methods.registry import get_method
 from cryobench.metrics.images import psnr
-from cryobench.metrics.invention import nearest, scramble
+from cryobench.metrics.invention import excess, nearest, scramble
 from cryobench.specimens.catalog import resolve
 
 
@@ -86,13 +85,11 @@ def transfer(fitted: Mapping[str, Denoiser], samples: Sequence[Sample], n: int) 
                 "error_null": scramble(error, torch.Generator().manual_seed(shown.seed)),
             }
             like = {name: nearest(x, _centred(taught.projections))[0] for name, x in stacks.items()}
-            difference = (like["error"] - like["error_right"]).double()
-            spread = float(difference.std()) / math.sqrt(len(difference))
             values, best = psnr(output, clean, 1.0), psnr(right, clean, 1.0)
             rows.append(
                 {"taught": taught.name, "shown": shown.name, "psnr": float(values.mean())}
                 | {"loss": float((best - values).mean()), **{name: float(x.mean()) for name, x in like.items()}}
-                | {"z": float(difference.mean()) / spread if spread else 0.0}
+                | {"z": excess(like["error"], like["error_right"][None])}
             )
     return rows
 

@@ -6,9 +6,10 @@ bias), e what differs between exposures (the noise that is left). Averages over 
 
 * S = cov(y1, y2) and N = var(y) - S: signal and noise of the input, SNR = S / N;
 * N_d = var(d) - cov(d1, d2): noise of the output;
-* B = cov(d1, d2) + S - 2 cov(d1, y2): its bias. N_d + B is the mean squared error, so that
-  SNBR = S / (N_d + B) is one over the relative error, and does not say how much was *learned* about the particle:
-  an output that does not depend on its input has SNBR 1, and y times the best number has SNBR 1 + SNR;
+* B = cov(d1, d2) + S - 2 cov(d1, y2): its bias. N_d + B is the mean squared error about the mean images (see
+  below): that of d - mean(d) against s - mean(s). SNBR = S / (N_d + B) is one over this error, relative to S, and
+  does not say how much was *learned* about the particle: an output that does not depend on its input has SNBR 1,
+  and y times the best number has SNBR 1 + SNR;
 * g = cov(d1, y2) / S, the gain, and B' = cov(d1, d2) - g^2 S, the bias that no rescaling would take away. The
   scale-free SNBR' = g^2 S / (N_d + B') is 0 for an output that does not depend on its input, exactly SNR for any
   multiple of y, and rho^2 / (1 - rho^2) for a correlation rho of d with s. In a ring, what exceeds SNR was gained.

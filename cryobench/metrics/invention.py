@@ -1,8 +1,9 @@
 """What a denoiser makes of pure noise, and whose picture it is.
 
-Three questions about images without a particle. How much comes out (energy)? Does what comes out look like the
-structure (correlation with the nearest of its projections)? Does it add up to the structure when it is aligned to it
-("Einstein from noise": Shatsky et al. 2009, J. Struct. Biol. 166:67; Henderson 2013, PNAS 110:18037)?
+Three questions about images without a particle. How much comes out (energy), and how much of that is more than one
+fixed image (passed)? Does what comes out look like the structure (correlation with the nearest of its projections)?
+Does it add up to the structure when it is aligned to it ("Einstein from noise": Shatsky et al. 2009, J. Struct. Biol.
+166:67; Henderson 2013, PNAS 110:18037)?
 
 The best of many correlations is large for every image, larger for smooth ones, which have few degrees of freedom. It
 says something only beside its null distribution: *scrambled* images, with the same power spectrum and nothing else.
@@ -46,8 +47,16 @@ class PureNoise:
 
     @property
     def energy(self) -> float:
-        """Variance of the output per variance of the noise, over all pixels of the stack."""
+        """Variance of the output per variance of the noise, over all pixels of the stack; a fixed image counts too."""
         return float(self.output.double().var() / self.noise.double().var())
+
+    @property
+    def passed(self) -> float:
+        """The part of the energy that depends on the input: variance of the outputs about their own mean image, with
+        n / (n - 1), per that of the noise. 0 for a fixed image, 1 for the noise itself; NaN for a single image."""
+        if len(self.noise) < 2:
+            return math.nan
+        return float(self.output.double().var(0).mean() / self.noise.double().var(0).mean())
 
     @property
     def z(self) -> float:
@@ -102,8 +111,13 @@ def scramble(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def excess(correlation: Tensor, null: Tensor) -> float:
-    """Mean of correlation (n,) - mean of its nulls (k, n), in standard errors of that mean; paired, image by image."""
+    """Mean of correlation (n,) - mean of its nulls (k, n), in standard errors of that mean; paired, image by image.
+
+    0 without any spread, as for a single image.
+    """
     difference = (correlation - null.mean(0)).double()
+    if len(difference) < 2:
+        return 0.0
     error = float(difference.std()) / math.sqrt(len(difference))
     return float(difference.mean()) / error if error > 0 else 0.0
 
