@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 #: a volume counts as symmetric when equivalent views differ by less than this part of their norm
 SYMMETRIC = 0.03
 #: noise weaker than this part of the signal's standard deviation is taken for this much: float32 has its limits
-LEAST_NOISE = 0.01
-#: images searched at once: about 1 MB each where the noise is very strong
-IMAGES = 500
+LEAST_NOISE = 0.05
+#: images searched at once: up to about 2 MB each, and 0.2 GB where the noise is so strong that all poses count
+IMAGES = {"cpu": 128, "cuda": 500}
 
 
 class Method(Denoiser):
@@ -44,7 +44,7 @@ class Method(Denoiser):
     uses_ctf = True
     costly = True
     Config = Search
-    profiles: ClassVar[dict[str, dict[str, Any]]] = {"smoke": {"spacing": 12.0, "most": 128, "levels": 5}}
+    profiles: ClassVar[dict[str, dict[str, Any]]] = {"smoke": {"spacing": 15.0, "most": 300, "levels": 6}}
 
     def fit(self, train: TrainingData, budget: Budget) -> None:
         """Keep the structure and the kind of noise. Raises SupervisionError where the structure may not be seen, and
@@ -69,7 +69,7 @@ class Method(Denoiser):
         """
         posterior = self.posterior(images, float(sigma or 0), ctf)
         expected = posterior.variance.double()
-        if len(images) >= self.info.get("limit", {"n": 0})["n"]:
+        if len(images) > self.info.get("limit", {"n": 0})["n"]:
             self.info["limit"] = {
                 "n": len(images),
                 "posterior_variance": float(expected.mean()),
@@ -96,8 +96,9 @@ class Method(Denoiser):
         if ctf is None and self.info["bfactor"]:
             constant = bfactor_2d(self.info["bfactor"], self.info["pixel_size"], size)[None]
         found = []
-        for start in range(0, len(images), IMAGES):
-            part = slice(start, start + IMAGES)
+        step = IMAGES.get(self.device.type, 128)
+        for start in range(0, len(images), step):
+            part = slice(start, start + step)
             found.append(search.run(images[part], constant if ctf is None else ctf[part].images(size, self.device)))
         mean, variance, change, cells = (
             torch.cat([getattr(p, name) for p in found]) for name in ("mean", "variance", "change", "cells")

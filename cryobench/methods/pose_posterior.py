@@ -8,7 +8,8 @@ The integral over SO(3) is a sum over cells (:mod:`cryobench.imaging.orientation
 a coarse grid, at low frequencies, in one matrix product. Then, image by image, the cells that matter are split in
 eight and compared again, with more frequencies as the cells shrink. At every step the sum is taken twice, over the
 centres of the cells and over their corners; when the two agree, both together are the integral. (A sum over a regular
-grid converges very fast as soon as its spacing is that of the posterior's width.)
+grid converges very fast as soon as its spacing is that of the posterior's width.) Where the noise is so strong that
+much of the coarse grid matters, its whole is summed instead.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ class Search:
     """How poses are searched.
 
     spacing: of the coarse grid, degrees. phase: frequencies are compared up to the one at which a step of the grid
-    shifts the phase of density at the volume's root mean square radius by this many radians. least, most: how many
-    cells of an image are split at a time; in between, as many as hold the part ``mass`` of the posterior. tolerance:
-    an image is done when doubling its cells moves the square of its mean by less than this part of its variance.
-    levels: at most so many splits.
+    shifts the phase of density at the volume's root mean square radius by this many radians. mass: the cells that are
+    split hold this part of the posterior. least, most: how many cells of an image are split at a time; an image that
+    needs more than ``most`` is not split: its posterior is wide. tolerance: an image is done when doubling its cells
+    moves the square of its mean by less than this part of its variance. levels: at most so many splits.
     """
 
     spacing: float = 7.5
     phase: float = 3.0
     least: int = 24
-    most: int = 8192
+    most: int = 3000
     mass: float = 0.999
     tolerance: float = 0.01
     levels: int = 9
@@ -73,7 +74,7 @@ class PoseSearch:
         self.device, d = projector.device, projector.size
         self.group = group.to(self.device, torch.float32)
         self.pixels, self.points = projector.half_plane()
-        self.radius = self.points.norm(dim=0)
+        self.radius, self.every = self.points.norm(dim=0), torch.arange(len(self.pixels), device=self.device)
         multiplicity = ring_index((d, d))[1].to(self.device, torch.float32)[self.pixels]
         # sums of |coefficient|^2 times these: squared error per pixel; squared error in units of the noise
         self.energy = multiplicity / d**4
@@ -88,10 +89,14 @@ class PoseSearch:
         match, power, energy = data * gain * self.weight, gain.square() * self.weight, gain.square() * self.energy
         mean = torch.zeros_like(data)
         variance, change, count = torch.full((3, n), math.inf, device=self.device)
-        cells, owner, size = self._coarse(match, power)
+        cells, owner, size, wide = self._coarse(match, power)
+        if wide.any():
+            some = [x if len(x) == 1 else x[wide] for x in (match, power, energy)]
+            mean[wide], found = self._whole_grid(*some)
+            variance[wide], change[wide], count[wide] = found
         for _ in range(self.search.levels + 1):
             better, found, centres, scores = self._integral(cells, owner, size, match, power, energy)
-            done = change < self.search.tolerance
+            done = wide | (change < self.search.tolerance)
             mean = torch.where(done[:, None], mean, better)
             variance, change, count = torch.where(done, torch.stack([variance, change, count]), found)
             band = self._band(size)
@@ -101,8 +106,10 @@ class PoseSearch:
             else:
                 cells, owner = centres
             weight = _softmax(scores, owner, n)
-            active = change[owner] >= self.search.tolerance
-            keep, heavy = active & self._heaviest(weight, owner, n), active & (weight > HEAVY)
+            keep, much = self._heaviest(weight, owner, n)
+            wide |= much
+            active = ~(wide | (change < self.search.tolerance))[owner]
+            keep, heavy = keep & active, (weight > HEAVY) & active
             if not keep.any():
                 break
             # the posterior may lie next to the cells that came out best: they are split with their neighbours
@@ -126,19 +133,32 @@ class PoseSearch:
         n = len(match)
         centres, corners = self._inside(cells, owner), self._inside(cells + size / 2, owner)
         both, whose = torch.cat([centres[0], corners[0]]), torch.cat([centres[1], corners[1]])
-        scores = self._scores(both, whose, match, power, torch.arange(len(self.pixels), device=self.device))
+        scores = self._scores(both, whose, match, power, self.every)
         weight = _softmax(scores, whose, n)
         place = torch.cat([centres[1], corners[1] + n])  # sums of the two lattices apart
-        total, first, square = self._sums(both, place, weight, energy, n)
-        whole = total.sum(0).clamp(min=1e-30)
-        mean = first.sum(0) / whole[:, None]
-        variance = square.sum(0) / whole - (mean.abs().square() * energy).sum(1)
-        one, other = first / total.clamp(min=1e-30)[..., None]
-        # half the distance between the lattices' means: what the second one moves, if both hold as much
-        moved = ((one - other).abs().square() * energy).sum(1) / 4 / variance.clamp(min=1e-30)
+        mean, errors = _moments(*self._sums(both, place, weight, energy, n), energy)
         squares = torch.zeros(n, device=self.device).index_add_(0, whose, weight.square())
-        found = torch.stack([variance.clamp(min=0), moved, 1 / squares])
-        return mean, found, centres, scores[: len(centres[0])]
+        return mean, torch.stack([*errors, 1 / squares]), centres, scores[: len(centres[0])]
+
+    def _whole_grid(self, match: Tensor, power: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`_integral` over all centres and corners of the coarse grid, for images whose posterior is wide."""
+        cells, size = so3.grid(math.radians(self.search.spacing), self.device)
+        lattices = [so3.to_matrices(c) for c in (cells, cells + size / 2)]
+        lattices = [r[so3.in_domain(r, self.group)] for r in lattices]
+        scores = [self._all_scores(rotations, match, power, self.every) for rotations in lattices]
+        weights = torch.softmax(torch.cat(scores, 1), 1).split([len(r) for r in lattices], 1)
+        total, first, square = [], [], []
+        for rotations, weight in zip(lattices, weights, strict=True):
+            total.append(weight.sum(1))
+            mean, own = torch.zeros_like(match), torch.zeros_like(total[0])
+            for part, slices in self._slices(rotations, self.every):
+                share = weight[:, part]
+                mean += torch.complex(share @ slices.real, share @ slices.imag)
+                own += (share * (energy @ slices.abs().square().T)).sum(1)
+            first.append(mean)
+            square.append(own)
+        mean, errors = _moments(torch.stack(total), torch.stack(first), torch.stack(square), energy)
+        return mean, torch.stack([*errors, 1 / torch.stack([w.square().sum(1) for w in weights]).sum(0)])
 
     def _inside(self, cells: Tensor, owner: Tensor, margin: float = 0.0) -> tuple[Tensor, Tensor]:
         """The cells (m, 3), with their owners, whose centres are poses that no equivalent one stands for."""
@@ -150,22 +170,28 @@ class PoseSearch:
         limit = self.search.phase * self.projector.size / (2 * math.pi * self.reach * float(size[2]))
         return (self.radius <= limit).nonzero()[:, 0]
 
-    def _coarse(self, match: Tensor, power: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The best cells of the coarse grid: cells (m, 3), the image that each belongs to (m,), and their size."""
+    def _coarse(self, match: Tensor, power: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The best cells of the coarse grid: cells (m, 3), the image that each belongs to (m,), their size; and for
+        which images (n,) they are too many."""
         cells, size = so3.grid(math.radians(self.search.spacing), self.device)
         rotations = so3.to_matrices(cells)
         inside = so3.in_domain(rotations, self.group, 2 * float(size[2]))
-        cells, rotations = cells[inside], rotations[inside]
-        band = self._band(size)
-        scores = torch.empty(len(match), len(cells), device=self.device)
+        cells = cells[inside]
+        scores = self._all_scores(rotations[inside], match, power, self._band(size))
+        best, index = scores.topk(min(self.search.most, len(cells)), dim=1)
+        weight = (best - scores.logsumexp(1, keepdim=True)).exp()
+        owner = torch.arange(len(match), device=self.device).repeat_interleave(index.shape[1])
+        keep, wide = self._heaviest(weight.flatten(), owner, len(match))
+        return cells[index.flatten()[keep]], owner[keep], size, wide
+
+    def _all_scores(self, rotations: Tensor, match: Tensor, power: Tensor, band: Tensor) -> Tensor:
+        """Log likelihood (n, m) of every pose (m, 3, 3) for every image, up to a constant of the image."""
+        scores = torch.empty(len(match), len(rotations), device=self.device)
         match, power = match[:, band], power[:, band]
         for part, slices in self._slices(rotations, band):
             cross = match.real @ slices.real.T + match.imag @ slices.imag.T
             scores[:, part] = cross - power @ slices.abs().square().T / 2
-        best, index = scores.topk(min(self.search.most, len(cells)), dim=1)
-        owner = torch.arange(len(match), device=self.device).repeat_interleave(index.shape[1])
-        keep = self._heaviest(_softmax(best.flatten(), owner, len(match)), owner, len(match))
-        return cells[index.flatten()[keep]], owner[keep], size
+        return scores
 
     def _slices(self, rotations: Tensor, band: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the volume through rotations (m, 3, 3) at some coefficients, a part of them at a time."""
@@ -196,26 +222,37 @@ class PoseSearch:
         total = torch.zeros(2 * n, device=self.device).index_add_(0, place, weight)
         first = torch.zeros(2 * n, len(self.pixels), dtype=torch.complex64, device=self.device)
         square = torch.zeros_like(total)
-        every = torch.arange(len(self.pixels), device=self.device)
-        for part, slices in self._slices(so3.to_matrices(cells), every):
+        for part, slices in self._slices(so3.to_matrices(cells), self.every):
             first.index_add_(0, place[part], slices * weight[part, None])
             own = energy if len(energy) == 1 else energy[place[part] % n]
             square.index_add_(0, place[part], (slices.abs().square() * own).sum(1) * weight[part])
         return total.view(2, n), first.view(2, n, -1), square.view(2, n)
 
-    def _heaviest(self, weight: Tensor, owner: Tensor, n: int) -> Tensor:
-        """Which of the cells (m,) to split: image by image the heaviest."""
+    def _heaviest(self, weight: Tensor, owner: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Which of the cells (m,) to split, image by image the heaviest; and which images (n,) would need too many."""
         order = weight.argsort(descending=True)
         order = order[owner[order].argsort(stable=True)]
-        count = torch.bincount(owner, minlength=n)
-        first = count.cumsum(0) - count
-        sums = weight[order].double().cumsum(0)
-        before = sums - weight[order]
-        mine = owner[order]
-        before = before - before[first.clamp(max=len(order) - 1)][mine]
-        rank = torch.arange(len(order), device=owner.device) - first[mine]
-        chosen = (rank < self.search.least) | ((before < self.search.mass) & (rank < self.search.most))
-        return torch.empty_like(chosen).index_put_((order,), chosen)
+        mine, count = owner[order], torch.bincount(owner, minlength=n)
+        first = (count.cumsum(0) - count)[mine]
+        sums = weight[order].double().cumsum(0) - weight[order]
+        before = sums - sums[first]  # the weight of the heavier cells of the same image
+        rank = torch.arange(len(order), device=owner.device) - first
+        needed = before < self.search.mass
+        chosen = (rank < self.search.least) | (needed & (rank < self.search.most))
+        wide = torch.zeros(n, dtype=torch.bool, device=owner.device)
+        wide[mine[needed & (rank >= self.search.most - 1)]] = True
+        return torch.empty_like(chosen).index_put_((order,), chosen), wide
+
+
+def _moments(total: Tensor, first: Tensor, square: Tensor, energy: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Mean (n, m), and its variance and change (n,), from the sums of two lattices (:meth:`PoseSearch._sums`)."""
+    whole = total.sum(0).clamp(min=1e-30)
+    mean = first.sum(0) / whole[:, None]
+    variance = (square.sum(0) / whole - (mean.abs().square() * energy).sum(1)).clamp(min=0)
+    one, other = first / total.clamp(min=1e-30)[..., None]
+    # half the distance between the lattices' means: what the second one moves, if both hold as much
+    moved = ((one - other).abs().square() * energy).sum(1) / 4
+    return mean, (variance, moved / variance.clamp(min=1e-30))
 
 
 def _without_doubles(cells: Tensor, owner: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
