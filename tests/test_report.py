@@ -151,6 +151,29 @@ def test_the_check_of_the_limit_allows_for_chance_and_for_its_own_error(tmp_path
     assert "beats" not in text
 
 
+def test_a_comparison_on_some_of_the_seeds_is_called_out(tmp_path: Path) -> None:
+    """The columns then speak of other images: PSNR of both seeds, dB above the limit of the shared one."""
+    limit = 0.01 * HARD
+    folder = write(
+        tmp_path,
+        *(record("bayes", limit, seed) for seed in (0, 1, 5)),
+        record("bm3d", 2 * limit, 0),
+        record("bm3d", 64 * limit, 2),
+        record("ksvd", 2 * limit, 1),
+        record("cwf", 2 * limit, 1, images="others"),
+        *(record("gaussian", 2 * limit, seed) for seed in (0, 1)),
+    )
+    rows = rows_of(folder)
+    assert rows["bm3d"]["excess_db"] == pytest.approx(10 * math.log10(2))
+    assert {m: r["limit_seeds"] for m, r in rows.items() if r["seeds"]} == {
+        "bayes": 3, "bm3d": 1, "ksvd": 1, "cwf": 0, "gaussian": 2
+    }  # fmt: skip
+    assert json.loads(table_text("zhang2024", "quick", folder, "json"))["warnings"] == [
+        "zhang2024 channel: not on the images of the bayes row, so not compared with it: cwf",
+        "zhang2024 channel bm3d compared with the limit on 1 of 2 seeds",
+    ]
+
+
 def test_several_seeds_widen_the_interval_to_new_fits(tmp_path: Path) -> None:
     levels = (0.01, 0.012, 0.015)
     one = rows_of(write(tmp_path / "one", record("bm3d", levels[0] * HARD)))["bm3d"]

@@ -26,10 +26,15 @@ def values(found: Found, convention: str, metric: str) -> list[np.ndarray]:
     return [records.unpack(s[metric]).astype(np.float64) for s in scores if metric in s]
 
 
+def shared(a: Found, b: Found) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Pairs of records, seed by seed, on the images that both were given; empty if there are none."""
+    other = {_images(r): r for r in b}
+    return [(r, other[_images(r)]) for r in a if _images(r) in other]
+
+
 def together(a: Found, b: Found, metric: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Fair values of both, seed by seed, on the images that both were given; empty if there are none."""
-    other = {_images(r): r for r in b}
-    both = [(r, other[_images(r)]) for r in a if _images(r) in other]
+    both = shared(a, b)
     return values([x for x, _ in both], "fair", metric), values([y for _, y in both], "fair", metric)
 
 

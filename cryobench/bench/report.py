@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cryobench.bench import records
-from cryobench.bench.comparison import Found, beats_limit, excess, ranks, values
+from cryobench.bench.comparison import Found, beats_limit, excess, ranks, shared, values
 from cryobench.bench.experiment import Cell
 from cryobench.bench.plan import state_of
 from cryobench.bench.table_format import COLUMNS, WIDTH, Column, Row, csv_table, html_table, latex_table, text_table
@@ -75,6 +75,7 @@ def table_rows(spec: TableSpec, profile: str, results: Path, convention: str | N
 
     convention is the legacy scoring shown beside ``fair``; default: the table's own. ``KEY_low`` and ``KEY_high`` are
     the bounds of the 95 % interval of KEY: over test images of one seed, over seeds where there are several.
+    ``limit_seeds``: how many of the row's seeds are on the images of the bayes row, and so compared with it.
     """
     legacy = _legacy(spec, convention)
     table: dict[str, list[Row]] = {}
@@ -92,7 +93,7 @@ def table_rows(spec: TableSpec, profile: str, results: Path, convention: str | N
             row["rank"] = rank.get(method)
             _put(row, "excess_db", excess(found, limit))
             row["beats_limit_db"] = beats_limit(found, limit)
-            row["other_images"] = bool(found and limit and row["excess_db"] is None)
+            row["limit_seeds"] = len(shared(found, limit)) if found and limit else None
             table[specimen].append(row)
     return table
 
@@ -128,7 +129,7 @@ def cell_state(method: str, found: Found) -> str:
 def _row(spec: TableSpec, specimen: str, method: str, found: Found, legacy: str) -> Row:
     """One row without its comparisons; ``found`` are the records that count."""
     built = all_methods().get(method)
-    row: Row = {k: None for c in COLUMNS for k in c.keys} | {"beats_limit_db": None, "other_images": False}
+    row: Row = {k: None for c in COLUMNS for k in c.keys} | {"beats_limit_db": None, "limit_seeds": None}
     row |= {"specimen": specimen, "dataset": spec.dataset(specimen), "stand_in_for": spec.stands_in(specimen)}
     row |= {"method": method, "supervision": built.supervision if built else None}
     published = spec.published_row(specimen, method)
@@ -188,10 +189,14 @@ def warnings(table: str, rows: list[Row]) -> list[str]:
         for r in rows
         if r["beats_limit_db"] is not None
     ]
-    others = [r["method"] for r in rows if r["other_images"]]
+    where = f"{table} {rows[0]['specimen']}"
+    others = [r["method"] for r in rows if r["limit_seeds"] == 0]
     if others:
-        where = f"{table} {rows[0]['specimen']}"
         found.append(f"{where}: not on the images of the bayes row, so not compared with it: {', '.join(others)}")
+    for row in rows:
+        seeds = len((row["seeds"] or "").split())
+        if row["limit_seeds"] and row["limit_seeds"] < seeds:
+            found.append(f"{where} {row['method']} compared with the limit on {row['limit_seeds']} of {seeds} seeds")
     return found
 
 
