@@ -128,3 +128,13 @@ def test_without_clean_images_the_message_says_what_to_give():
     train = TrainingData("clean-pairs", torch.zeros(2, 8, 8), None, 1.0, 1.0)
     with pytest.raises(CryobenchError, match="_clean"):
         _ = train.clean
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("which", ["noisy", "clean", "second"])
+def test_training_images_that_are_not_finite_are_refused(which, value):
+    stacks = {name: torch.ones(3, 7, 9) for name in ("noisy", "clean", "second")}
+    TrainingData("clean-pairs", sigma=1.0, pixel_size=1.0, **stacks)
+    stacks[which][1, 2, 3] = value
+    with pytest.raises(CryobenchError, match="training images hold NaN or infinite"):
+        TrainingData("clean-pairs", sigma=1.0, pixel_size=1.0, **stacks)

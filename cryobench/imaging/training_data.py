@@ -41,6 +41,7 @@ class TrainingData:
     supervision allows it) or from stacks alone (batches are drawn from them).
     Images are float32 (n, size, size) on one global scale; sigma is the noise standard deviation; ctf the
     contrast transfer of each noisy image, None without one. reference is for data that come from no simulator.
+    Raises CryobenchError for unknown supervision and for images that are not finite.
     """
 
     def __init__(
@@ -59,6 +60,9 @@ class TrainingData:
     ) -> None:
         if supervision not in SUPERVISION:
             raise CryobenchError(f"unknown supervision {supervision!r}; one of {', '.join(SUPERVISION)}")
+        for stack in (noisy, clean, second):
+            if stack is not None and not torch.isfinite(torch.stack(stack.aminmax())).all():  # no copy of the stack
+                raise CryobenchError("training images hold NaN or infinite values: mend or remove those images first")
         self.supervision = supervision
         self.pixel_size = pixel_size
         self.size = noisy.shape[-1]
