@@ -11,6 +11,7 @@ import torch
 from test_cwf import error, learn, normal, simulator
 
 from cryobench.imaging.ctf import ContrastTransfer
+from cryobench.methods import cwf
 
 PEER = Path(__file__).with_name("aspire_peer.py")
 
@@ -33,14 +34,19 @@ def by_aspire(folder, stacks, basis="ffb"):
 
 
 def grouped(size, n, snr, with_ctf):
-    """Images in seven defocus groups without astigmatism, the truth before the CTF, sigma, pixel size and CTF."""
+    """Images in seven defocus groups without astigmatism, the truth before the CTF, sigma, pixel size and CTF.
+
+    Each image is in the middle of a group of ours, so that both sides filter with the same CTF.
+    """
     sim = simulator(size)
     truth, *_ = sim.draw(n, seed=1)
     truth = truth / truth.std()
     ctf, seen = None, truth
     if with_ctf:
-        defocus = (10000.0 + 2500 * (torch.arange(n) % 7))[:, None] * torch.tensor([1.0, 1.0, 0.0])
-        ctf = ContrastTransfer(replace(sim.simulation.optics, cs_mm=2.0), defocus)
+        optics = replace(sim.simulation.optics, cs_mm=2.0)
+        step = cwf.TURN / (optics.wavelength * (0.5 / optics.pixel_size) ** 2)
+        defocus = 17500 + round(2500 / step) * step * (torch.arange(n) % 7 - 3)
+        ctf = ContrastTransfer(optics, defocus[:, None] * torch.tensor([1.0, 1.0, 0.0]))
         seen = torch.fft.irfft2(torch.fft.rfft2(truth) * ctf.images(size), s=(size, size))
     sigma = float(seen.std()) / snr**0.5
     return seen + sigma * normal(n, size, size), truth, sigma, sim.simulation.pixel_size, ctf

@@ -33,6 +33,12 @@ class Optics:
         if not 0 <= self.amplitude_contrast < 1:
             raise CryobenchError(f"amplitude contrast must be in [0, 1), not {self.amplitude_contrast}")
 
+    @property
+    def wavelength(self) -> float:
+        """Of the electrons, relativistic (de Broglie), in angstrom."""
+        volts = self.voltage_kv * 1e3
+        return 12.26426 / math.sqrt(volts * (1 + 0.978466e-6 * volts))
+
 
 @dataclass(frozen=True)
 class ContrastTransfer:
@@ -90,11 +96,9 @@ def ctf_1d(defocus: Tensor, frequencies: Tensor, optics: Optics, bfactor: float 
 
     defocus: (...), angstrom; frequencies: (m,) in cycles per pixel; bfactor: square angstrom.
     """
-    volts = optics.voltage_kv * 1e3
-    wavelength = 12.26426 / math.sqrt(volts * (1 + 0.978466e-6 * volts))  # relativistic de Broglie, angstrom
     k2 = (frequencies.double() / optics.pixel_size) ** 2
-    phase = math.pi * wavelength * k2 * defocus.double()[..., None]
-    phase = phase - math.pi / 2 * optics.cs_mm * 1e7 * wavelength**3 * k2**2
+    phase = math.pi * optics.wavelength * k2 * defocus.double()[..., None]
+    phase = phase - math.pi / 2 * optics.cs_mm * 1e7 * optics.wavelength**3 * k2**2
     return torch.sin(phase + math.asin(optics.amplitude_contrast)) * torch.exp(-bfactor / 4 * k2)
 
 

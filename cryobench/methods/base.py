@@ -46,8 +46,9 @@ class Denoiser:
     dataclass of hyper-parameters with the paper's values as defaults; ``profiles``, the fields that the
     profiles ``smoke`` and ``quick`` change; ``equivariant``, whether an input scaled by a > 0 and
     shifted by b gives an output scaled and shifted alike; ``uses_ctf``, whether :meth:`denoise` takes the images'
-    contrast transfer as a third argument ``ctf``; ``costly``, whether an image takes so long that side experiments
-    should use fewer.
+    contrast transfer as a third argument ``ctf``; ``streams``, whether :meth:`denoise` takes the stack where it is
+    and moves parts of it to the device; ``costly``, whether an image takes so long that side experiments should use
+    fewer.
     """
 
     name: ClassVar[str]
@@ -56,6 +57,7 @@ class Denoiser:
     trained: ClassVar[bool] = False
     equivariant: ClassVar[bool] = True
     uses_ctf: ClassVar[bool] = False
+    streams: ClassVar[bool] = False
     costly: ClassVar[bool] = False
     Config: ClassVar[type] = None  # type: ignore[assignment]
     profiles: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -156,7 +158,7 @@ def _checked(denoise: Callable[..., Tensor]) -> Callable[..., Tensor]:
     ) -> Tensor:
         if images.ndim != 3 or min(images.shape) < 1:
             raise CryobenchError(f"images must have shape (n, height, width), not {tuple(images.shape)}")
-        if not torch.isfinite(images).all():
+        if not torch.isfinite(torch.stack(images.aminmax())).all():  # isfinite(images) copies the stack
             raise CryobenchError("images hold NaN or infinite values: mend or remove those images first")
         if sigma is None and self.supervision != "none":
             sigma = estimate_sigma(images)
@@ -164,7 +166,8 @@ def _checked(denoise: Callable[..., Tensor]) -> Callable[..., Tensor]:
             raise CryobenchError(f"{len(images)} images with the CTF of {len(ctf)}")
         optional = {"ctf": ctf} if self.uses_ctf else {}
         with torch.no_grad():
-            out = denoise(self, images.to(self.device, torch.float32), sigma, **optional)
+            device = images.device if self.streams else self.device
+            out = denoise(self, images.to(device, torch.float32), sigma, **optional)
         return out.to("cpu", torch.float32)
 
     return wrapper

@@ -25,11 +25,12 @@ def radial_noise_power(images: Tensor, frequencies: Tensor, reach: float = 0.25)
     size = images.shape[-1]
     mask = corner_mask(size, size, images.device)
     chosen = images[:MOST]
-    corners = (chosen - chosen[:, mask].mean()) * mask
+    background = chosen[:, mask].mean()
     padded = (2 * size, 2 * size)
     power = torch.zeros(2 * size, size + 1, dtype=torch.float64)
-    for part in corners.split(128):
-        power += torch.fft.rfft2(part, s=padded).abs().square().sum(0).cpu()
+    for part in chosen.split(128):
+        corners = (part - background) * mask
+        power += torch.fft.rfft2(corners, s=padded).abs().square().sum(0).cpu()
     pairs = torch.fft.irfft2(torch.fft.rfft2(mask.double().cpu(), s=padded).abs().square(), s=padded).round()
     lag = torch.fft.fftfreq(2 * size, 1 / (2 * size)).double()
     distance = torch.hypot(lag[:, None], lag[None, :])
