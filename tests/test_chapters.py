@@ -55,3 +55,13 @@ def test_statistics_runs_on_records(tmp_path: Path) -> None:
     notebook = project_root() / "notebooks" / "statistics.ipynb"
     execute(notebook, tmp_path / "out.ipynb", {"profile": "smoke", "results": str(write(tmp_path, *made))})
     assert "bm3d and ksvd" in (tmp_path / "out.ipynb").read_text()
+
+
+def test_statistics_runs_on_equal_methods_and_on_single_images(tmp_path: Path) -> None:
+    """No interval of one image, and none to divide by where two methods return the same."""
+    made = [record(m, 0.01 * HARD[:16], seed) for m in ("bm3d", "ksvd") for seed in range(3)]
+    made += [record(m, 0.01 * HARD[:1], seed, images="one") for m in ("gaussian", "mean") for seed in range(3)]
+    folder = write(tmp_path, *(r | {"profile": "smoke"} for r in made))
+    notebook = project_root() / "notebooks" / "statistics.ipynb"
+    execute(notebook, tmp_path / "out.ipynb", {"profile": "smoke", "results": str(folder)})
+    assert "dB between seeds (assumed)" in (tmp_path / "out.ipynb").read_text()
