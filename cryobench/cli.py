@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         help="specimen name or .pdb/.cif/.mrc/.map file, for methods that know the structure; particles must be "
         "centred and bright",
     )
+    c.add_argument("--symmetry", metavar="GROUP", help="of the reference about its axes, as C4 or D7: saves time")
     c.add_argument("--ctf", metavar="STAR", help="CTF of the input's images, for methods that use it")
     c.add_argument("--train-on", nargs="+", default=[], metavar="STACK", help="with STACK_clean.mrcs beside it")
     c.add_argument("--weights", metavar="FILE")

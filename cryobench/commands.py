@@ -114,6 +114,7 @@ def denoise(args: Namespace) -> None:
     """Denoise a stack or a micrograph; trains first where the method needs it."""
     from cryobench.bench.experiment import pick_device
     from cryobench.bench.tables import PROFILES
+    from cryobench.imaging.rotations import symmetry_matrices
     from cryobench.imaging.stacks import read_ctf, read_images
     from cryobench.methods.apply import prepare_method
     from cryobench.methods.noise_level import estimate_sigma
@@ -127,6 +128,12 @@ def denoise(args: Namespace) -> None:
     images, pixel_size = read_images(args.input, args.pixel_size)
     ctf = read_ctf(args.ctf, args.input, images, pixel_size, args.pixel_size) if args.ctf else None
     sigma = estimate_sigma(images) if args.sigma is None else args.sigma
+    reference = _structure(args.reference, args.pixel_size) if args.reference else None
+    if args.symmetry:
+        if reference is None:
+            raise CryobenchError("--symmetry is that of the reference: give --reference too")
+        symmetry_matrices(args.symmetry)  # known, or an error
+        reference = dataclasses.replace(reference, symmetry=args.symmetry)
     method = prepare_method(
         args.method,
         images,
@@ -135,12 +142,14 @@ def denoise(args: Namespace) -> None:
         profile=args.profile,
         train_on=args.train_on,
         weights=args.weights,
-        reference=_structure(args.reference, args.pixel_size) if args.reference else None,
+        reference=reference,
         ctf=ctf,
         device=pick_device(args.device),
         seed=args.seed,
         say=_say,
     )
+    if args.symmetry and method.info.get("symmetry") != args.symmetry:
+        _say(f"the reference is not {args.symmetry} about its own axes and centre: its symmetry is not used")
     denoised = method.denoise(images, sigma, ctf)
     if args.save_weights:
         method.save(args.save_weights)

@@ -64,6 +64,11 @@ def test_the_limit_needs_the_right_structure_and_the_ctf(
     assert default == limit
     assert limit > psnr(stack, stack) + 22
     assert denoised(stack, out, "-m", "bayes", "--reference", str(tmp_path / "channel.mrc"), *ctf) > limit - 1.5
+    same = ("-m", "bayes", "--reference", str(tmp_path / "channel.mrc"), *ctf, "--symmetry")
+    assert denoised(stack, out, *same, "C4") > limit - 1.5
+    assert "not used" not in capsys.readouterr().err
+    assert denoised(stack, out, *same, "C3") > limit - 1.5
+    assert "not C3" in capsys.readouterr().err
     assert denoised(stack, out, "-m", "bayes", "--reference", "channel") < limit - 8
     assert denoised(stack, out, "-m", "bayes", "--reference", "transporter", *ctf) < limit - 8
 
@@ -156,6 +161,8 @@ def test_what_does_not_fit_is_said_in_one_line(stack: Path, tmp_path: Path, caps
     assert "no_such.star" in failing(capsys, stack, "-m", "cwf", "-o", out, "--ctf", tmp_path / "no_such.star")
     bayes = (stack, "-m", "bayes", "-o", out)
     assert "--reference" in failing(capsys, *bayes, "--train-on", stack)
+    assert "--reference" in failing(capsys, *bayes, "--symmetry", "C4")
+    assert "symmetry" in failing(capsys, *bayes, "--reference", "channel", "--symmetry", "four")
     assert "chanel" in failing(capsys, *bayes, "--reference", "chanel")
     assert "--reference" in failing(capsys, *bayes, "--reference", "channel", "--weights", tmp_path / "w")
     assert "fit" in failing(capsys, *bayes, "--reference", "channel", "--pixel-size", "2")
