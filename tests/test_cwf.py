@@ -292,9 +292,11 @@ GROWTH = """
 import torch
 from cryobench.imaging.ctf import ContrastTransfer, Optics
 from cryobench.imaging.training_data import TrainingData
+from cryobench.methods import cwf
 from cryobench.methods.base import Budget
 from cryobench.methods.cwf import Method
 torch.set_num_threads(1)
+cwf.PIXELS = 2**17  # parts that are full at the smaller number too
 
 def run(n):
     images = torch.randn(n, 32, 36)
