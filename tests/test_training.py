@@ -187,7 +187,9 @@ def test_out_of_memory_computes_the_batch_in_pieces(capsys: pytest.CaptureFixtur
 
         with seeded(0, CPU):
             net = nn.Conv2d(1, 1, 5, padding=2)
-        facts = train(net, batch, small, replace(CONFIG, batch_size=6), Budget(progress=False), 0, CPU, "toy")
+        facts = train(
+            net, batch, small, replace(CONFIG, batch_size=6, precision="float32"), Budget(progress=False), 0, CPU, "toy"
+        )
         return net.weight.detach(), facts["pieces"]
 
     whole, one = linear(6)
