@@ -36,8 +36,10 @@ def run_cells(
     device_now = pick_device(device)
     states = [state_of(cell, results, device) for cell in cells]
     todo = [s for s in states if s.state != "done"]
+    known = _known_seconds()
+    todo.sort(key=lambda s: -_expected(s.cell, known))  # the longest first: none is left to run alone at the end
     say(f"{len(cells) - len(todo)} of {len(cells)} cells are recorded, {len(todo)} to run on {device_now}")
-    clock = _Clock([s.cell for s in todo], jobs)
+    clock = _Clock([s.cell for s in todo], jobs, known)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     failed: list[tuple[Cell, str]] = []
     with ThreadPoolExecutor(max_workers=jobs) as pool:
@@ -97,28 +99,37 @@ def _record_failure(cell: Cell, path: Path, device: str, error: str) -> None:
     records.write_record(path, record)
 
 
+def _timings() -> Path:
+    return cache_dir() / "timings.json"
+
+
+def _known_seconds() -> dict[str, float]:
+    """How long a cell of each profile and method took here before."""
+    try:
+        known: dict[str, float] = json.loads(_timings().read_text())
+    except (OSError, ValueError):
+        return {}
+    return known
+
+
+def _expected(cell: Cell, known: dict[str, float]) -> float:
+    method = get_method(cell.method)
+    guess = 75.0 if (method.trained or method.costly) and cell.profile != "smoke" else 10.0
+    return known.get(f"{cell.profile}/{cell.method}", guess)
+
+
 class _Clock:
     """Estimates what is left from how long each method took before, on this machine."""
 
-    def __init__(self, cells: list[Cell], jobs: int) -> None:
-        self.path = cache_dir() / "timings.json"
-        self.jobs = jobs
-        try:
-            self.known: dict[str, float] = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            self.known = {}
-        self.todo = list(cells)
-
-    def expected(self, cell: Cell) -> float:
-        guess = 75.0 if get_method(cell.method).trained and cell.profile != "smoke" else 10.0
-        return self.known.get(f"{cell.profile}/{cell.method}", guess)
+    def __init__(self, cells: list[Cell], jobs: int, known: dict[str, float]) -> None:
+        self.todo, self.jobs, self.known = list(cells), jobs, known
 
     def done(self, cell: Cell, seconds: float) -> None:
         self.todo.remove(cell)
         self.known[f"{cell.profile}/{cell.method}"] = round(seconds, 1)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.known, indent=1, sort_keys=True))
+        _timings().parent.mkdir(parents=True, exist_ok=True)
+        _timings().write_text(json.dumps(self.known, indent=1, sort_keys=True))
 
     def left(self) -> str:
-        seconds = sum(self.expected(c) for c in self.todo) / self.jobs
+        seconds = sum(_expected(c, self.known) for c in self.todo) / self.jobs
         return f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left"

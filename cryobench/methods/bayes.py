@@ -62,9 +62,10 @@ class Method(Denoiser):
     def denoise(self, images: Tensor, sigma: float | None = None, ctf: ContrastTransfer | None = None) -> Tensor:
         """Posterior means of images (n, h, w) at the structure's pixel size; sigma as in :class:`Denoiser`.
 
-        ``info["limit"]`` then says, of the largest stack so far: n; ``posterior_variance`` per pixel, which is the
-        expected MSE; ``mc_error``, by what part of it the last doubling of the poses changed the means; ``poses``,
-        the median number that share the weight. Images of another shape than the structure's box are filled up with
+        Of the largest stack so far, ``expected`` (n,) then holds the posterior variance per pixel of each image, which
+        is its expected squared error, and ``info["limit"]`` says: n; ``posterior_variance``, their mean; ``mc_error``,
+        by what part of it the last doubling of the poses changed the means; ``poses``, the median number that share
+        the weight. Images of another shape than the structure's box are filled up with
         background. Raises CryobenchError before fit.
         """
         posterior = self.posterior(images, float(sigma or 0), ctf)
@@ -77,6 +78,7 @@ class Method(Denoiser):
                 "poses": float(posterior.cells.median()),
             }
             self.info["mc_error"] = self.info["limit"]["mc_error"]
+            self.expected = posterior.variance
         return posterior.mean
 
     def posterior(self, images: Tensor, sigma: float, ctf: ContrastTransfer | None = None) -> Posterior:

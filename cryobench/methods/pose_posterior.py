@@ -41,10 +41,10 @@ class Search:
     """
 
     spacing: float = 7.5
-    phase: float = 3.0
+    phase: float = 4.5
     least: int = 24
     most: int = 3000
-    mass: float = 0.999
+    mass: float = 0.995
     tolerance: float = 0.01
     levels: int = 9
 
