@@ -75,3 +75,12 @@ def test_doctor_finds_what_the_package_needs(capsys):
         assert rows[name]["state"] == "ok"
     assert rows["device"]["remark"]
     assert rows["cache"]["remark"]
+
+
+def test_chapters_that_name_methods_depend_on_them():
+    from cryobench.bench.keys import notebook_code
+    from cryobench.paths import project_root
+
+    folder = project_root() / "notebooks"
+    assert "cryobench.methods.bayes" in notebook_code(folder / "limit.ipynb")
+    assert "cryobench.methods.bayes" not in notebook_code(folder / "image-formation.ipynb")

@@ -25,6 +25,10 @@ WITHOUT_INFLUENCE = {
 }
 
 
+#: it imports methods by their place in a folder, which no import statement shows
+REGISTRY = "cryobench.methods.registry"
+
+
 def digest(value: Any) -> str:
     """sha256 of plain data in canonical JSON: independent of the order of keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -54,10 +58,14 @@ def notebook_hash(path: Path) -> str:
 
 
 def notebook_code(path: Path) -> dict[str, str]:
-    """Hashes of the package's modules that a notebook can reach by import."""
+    """Hashes of the package's modules that a notebook can reach by import, or by name in the registry of methods."""
     cells = json.loads(path.read_text())["cells"]
     source = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
-    return code_hashes(*sorted(m for m in _imports(ast.parse(source)) if m.startswith("cryobench")))
+    modules = {m for m in _imports(ast.parse(source)) if m.startswith("cryobench")}
+    if REGISTRY in modules:
+        folder = Path(__file__).parents[1] / "methods"
+        modules |= {f"cryobench.methods.{file.stem}" for file in folder.glob("*.py") if file.stem != "__init__"}
+    return code_hashes(*sorted(modules))
 
 
 @cache
