@@ -66,6 +66,10 @@ def curves(
         axis.axhline(level, color="0.5", linestyle=":", linewidth=1)
     if "x" in log:
         axis.set_xscale("log")
+        places = sorted({float(v) for x, _ in lines.values() for v in np.asarray(x)})
+        if len(places) <= 12:  # few enough to be named
+            axis.set_xticks(places, labels=[f"{v:g}" for v in places])
+            axis.minorticks_off()
     if "y" in log:
         axis.set_yscale("log")
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
