@@ -12,7 +12,6 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from cryobench.bench import experiment
-from cryobench.bench.notebooks import execute
 from cryobench.bench.session import Run
 from cryobench.cards import invention_card, invention_text
 from cryobench.errors import CryobenchError
@@ -211,7 +210,3 @@ def test_ctf_goes_with_the_images_and_costly_methods_get_fewer(monkeypatch: pyte
     assert all(images == ctf for images, ctf in seen)
     assert len(run.invention().noise.noise) == 5
     assert {5, 6} <= {images for images, _ in seen}
-
-
-def test_the_chapter_runs(tmp_path: Path) -> None:
-    execute(project_root() / "notebooks" / "invention.ipynb", tmp_path / "out.ipynb", {"profile": "smoke"})
