@@ -116,6 +116,21 @@ def ring_correlation(run: Run) -> Figure:
     return curves(lines, "spatial frequency (1/Å)", "FRC with the clean images", levels=(0.5,))
 
 
+def training_curve(info: Mapping[str, Any], names: Sequence[str] = ("training loss",), ylabel: str = "loss") -> Figure:
+    """Losses of a fit (``method.info``) against the step, one name for each loss."""
+    steps, *losses = zip(*info["loss"], strict=True)
+    lines = {name: (steps, values) for name, values in zip(names, losses, strict=True)}
+    return curves(lines, "step", ylabel, log="y" if min(min(v) for v in losses) > 0 else "")
+
+
+def failures(run: Run, n: int = 5) -> Figure:
+    """The n test images with the largest squared error, as :func:`result` shows the first ones."""
+    error = (run.denoise() - run.clean).square().mean(dim=(1, 2))
+    worst = error.argsort(descending=True)[:n]
+    stacks = {"clean": run.clean, "noisy": run.noisy, f"denoised ({run.cell.method})": run.denoise()}
+    return images({**{k: v[worst] for k, v in stacks.items()}, "error": (run.denoise() - run.clean)[worst]}, n)
+
+
 def radial_power(stacks: Mapping[str, Tensor], pixel_size: float) -> Figure:
     """Rotationally averaged power spectra of stacks (n, h, w), logarithmic."""
     from cryobench.metrics.spectral import ring_frequencies, ring_power

@@ -36,7 +36,10 @@ PARTS = (
     ("Published tables", ("tables/zhang2024", "tables/tang2022", "audit")),
 )
 LONG = ("limit", "invention")  # chapters that take more than a minute
-METHOD_ORDER = "noisy blank shrink lowpass-oracle mean gaussian bilateral lowpass bm3d ksvd cwf dncnn bayes".split()
+METHOD_ORDER = (
+    "noisy blank shrink lowpass-oracle mean gaussian bilateral lowpass bm3d ksvd cwf dncnn noise2noise restore "
+    "denoisegan robustgan gan gan-perceptual sr3 sr3-post score score-target bayes"
+).split()
 
 
 def build_book(profile: str, results: Path, output: Path | None, say: Callable[[str], None]) -> Path:

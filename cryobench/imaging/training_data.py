@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -143,22 +144,37 @@ class TrainingData:
 
         The target is the clean image (``clean-pairs``) or a second exposure (``noisy-pairs``). With clean
         images to be had, simulated data give fresh poses and fresh noise. Otherwise the batch is drawn from the
-        stack with replacement, turned by a multiple of 90 degrees and mirrored at random, which projections
-        allow; pairs stay the two exposures there are, since more of them would average to the clean image.
+        stack by :func:`augmented`; pairs stay the two exposures there are, since more of them would average to the
+        clean image.
         """
         self._need("noisy-pairs")
-        wants_clean = SUPERVISION.index(self.supervision) >= SUPERVISION.index("clean-pairs")
-        if wants_clean and self._simulator is not None:
+        if SUPERVISION.index(self.supervision) < SUPERVISION.index("clean-pairs"):
+            return self.pair_batch(step, batch_size, seed, device)
+        if self._simulator is not None:
             images, *_ = self._simulator.draw(batch_size, stream_seed(seed, step, "fresh poses"))
             target = images * self._affine[0] + self._affine[1]
             noisy, _ = self._simulator.noisy(target, stream_seed(seed, step, "fresh noise"), self._sigma)
             return noisy.to(device), target.to(device)
-        first, second = (self.noisy, self.clean) if wants_clean else self.pairs()
-        generator = torch.Generator().manual_seed(stream_seed(seed, step, "choice"))
-        index = torch.randint(len(first), (batch_size,), generator=generator)
-        turn, mirror = (int(k) for k in torch.randint(4, (2,), generator=generator))
-        pair = torch.stack([first[index], second[index]])
-        pair = torch.rot90(
-            pair.flip(-1) if mirror % 2 else pair, turn if pair.shape[-1] == pair.shape[-2] else 0, (-2, -1)
-        )
-        return pair[0].to(device), pair[1].to(device)
+        noisy, target = augmented((self.noisy, self.clean), batch_size, stream_seed(seed, step, "choice"))
+        return noisy.to(device), target.to(device)
+
+    def pair_batch(
+        self, step: int, batch_size: int, seed: int, device: str | torch.device = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`batch`, with two exposures of the same particles, in either order, at any supervision that has
+        them (needs ``noisy-pairs``)."""
+        first, second = augmented(self.pairs(), batch_size, stream_seed(seed, step, "choice"))
+        swap = stream_seed(seed, step, "which is the input") % 2
+        return (second.to(device), first.to(device)) if swap else (first.to(device), second.to(device))
+
+
+def augmented(stacks: Sequence[Tensor], n: int, seed: int) -> list[Tensor]:
+    """n images drawn with replacement, the same of each stack (m, h, w), all turned by one random multiple of 90
+    degrees and mirrored at random: a projection so treated is another projection. Images that are not square are not
+    turned."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(len(stacks[0]), (n,), generator=generator)
+    turn, mirror = (int(k) for k in torch.randint(4, (2,), generator=generator))
+    images = torch.stack([s[index] for s in stacks])
+    images = images.flip(-1) if mirror % 2 else images
+    return list(torch.rot90(images, turn if images.shape[-1] == images.shape[-2] else 0, (-2, -1)))

@@ -10,15 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cryobench.errors import CryobenchError
-from cryobench.methods.base import Budget, Denoiser
-from cryobench.methods.nets.tiling import apply_tiled
-from cryobench.methods.training import TrainConfig, seeded
-from cryobench.methods.training import train as run_training
+from cryobench.methods.base import Budget
+from cryobench.methods.learned import Learned
+from cryobench.methods.training import TrainConfig
 
 if TYPE_CHECKING:
     from cryobench.imaging.training_data import TrainingData
@@ -76,18 +74,12 @@ class Network(nn.Module):
         return x - out if self.residual else out
 
 
-def loss(net: nn.Module, source: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error; a predicted noise is wrong by as much as the image is."""
-    return F.mse_loss(net(source), target)
-
-
-class Method(Denoiser):
+class Method(Learned):
     """DnCNN on images in units of the noise, relative to the mean of the stack."""
 
     name = "dncnn"
     paper = "zhang2017dncnn"
     supervision = "clean-pairs"
-    trained = True
     Config = Config
     profiles: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
@@ -114,35 +106,21 @@ class Method(Denoiser):
         "full": {"residual": False},
     }
 
+    @property
+    def multiple(self) -> int:
+        return int(self.config.shuffle)
+
+    @property
+    def margin(self) -> int:
+        return int(self.config.depth * self.config.shuffle)
+
+    def network(self) -> nn.Module:
+        return Network(self.config)
+
     def fit(self, train: TrainingData, budget: Budget) -> None:
         """Learn from pairs of a noisy and the clean image. Raises SupervisionError where none are allowed."""
         # asked for at the gate: with a second noisy image as the target this would be another method
         height, width = train.clean.shape[1:]
         if height % self.config.shuffle or width % self.config.shuffle:
             raise CryobenchError(f"dncnn: {height} x {width} px cannot be split by shuffle={self.config.shuffle}")
-        sigma = train.sigma
-
-        def batch(step: int, batch_size: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-            noisy, clean = train.batch(step, batch_size, seed, device)
-            mean = noisy.mean()
-            return (noisy - mean)[:, None] / sigma, (clean - mean)[:, None] / sigma
-
-        with seeded(self.seed, self.device):
-            net = Network(self.config).to(self.device)
-        self.info = run_training(net, batch, loss, self.config, budget, self.seed, self.device, self.name)
-        self.state = net.state_dict()
-
-    def denoise(self, images: Tensor, sigma: float | None = None) -> Tensor:
-        """Images of any size; sigma as in :class:`Denoiser`. Raises CryobenchError before fit or load."""
-        if not self.state:
-            raise CryobenchError("dncnn has not been trained: fit it, or give weights (--weights, --train-on)")
-        mean, spread = images.mean(), float(images.std(correction=0))
-        # far above any SNR of the training the network would only see numbers too large for it
-        unit = max(float(sigma or 0), 1e-3 * spread)
-        if unit == 0:
-            return images
-        net = Network(self.config).to(self.device)
-        net.load_state_dict(self.state)
-        net.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        sees = self.config.depth * self.config.shuffle
-        return apply_tiled(net, (images - mean) / unit, sees, self.config.shuffle) * unit + mean
+        super().fit(train, budget)

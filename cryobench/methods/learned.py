@@ -1,0 +1,95 @@
+"""What the networks share: they see images in units of the noise, relative to the mean of the stack.
+
+The noise then has standard deviation 1 whatever the scale of the images, and a network trained on one data set can be
+applied to another. A method of this kind gives its network and its loss; one whose networks learn against each other,
+or that draws samples, replaces :meth:`Learned.fit` or :meth:`Learned.denoise` and keeps the rest.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cryobench.errors import CryobenchError
+from cryobench.methods.base import Budget, Denoiser
+from cryobench.methods.nets.tiling import apply_tiled
+from cryobench.methods.training import Batch, seeded
+from cryobench.methods.training import train as run_training
+
+if TYPE_CHECKING:
+    from cryobench.imaging.training_data import TrainingData
+
+
+class Learned(Denoiser):
+    """Base of methods that train a network; not a method itself.
+
+    ``multiple``: what the sides of an image must be a multiple of (others are padded). ``margin``: how far the network
+    sees, in pixels: larger images are computed in tiles that overlap by it.
+    """
+
+    trained = True
+
+    @property
+    def multiple(self) -> int:
+        return 1
+
+    @property
+    def margin(self) -> int:
+        return 64
+
+    def network(self) -> nn.Module:
+        """The network with fresh weights: normalised images (n, 1, h, w) -> the same shape, denoised."""
+        raise NotImplementedError
+
+    def loss(self, net: nn.Module, source: Tensor, target: Tensor) -> Tensor:
+        """Scalar to be minimised; mean squared error unless a method has its own."""
+        return F.mse_loss(net(source), target)
+
+    def batches(self, train: TrainingData) -> Batch:
+        """Normalised pairs (n, 1, h, w) of what the supervision allows, see :meth:`TrainingData.batch`."""
+        sigma = train.sigma
+        if sigma <= 0:
+            raise CryobenchError(f"{self.name}: the training images have no noise to learn from")
+
+        def batch(step: int, batch_size: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+            source, target = train.batch(step, batch_size, seed, device)
+            mean = source.mean()
+            return (source - mean)[:, None] / sigma, (target - mean)[:, None] / sigma
+
+        return batch
+
+    def fresh(self) -> nn.Module:
+        """The network as it starts to learn, on the device; its weights depend on the seed alone."""
+        with seeded(self.seed, self.device):
+            return self.network().to(self.device)
+
+    def fit(self, train: TrainingData, budget: Budget) -> None:
+        """Train on what the supervision allows. Raises SupervisionError where less is allowed."""
+        batch, net = self.batches(train), self.fresh()
+        self.info = run_training(net, batch, self.loss, self.config, budget, self.seed, self.device, self.name)
+        self.state = net.state_dict()
+
+    def trained_network(self) -> nn.Module:
+        """The network with what was learned, ready to be applied. Raises CryobenchError before fit or load."""
+        if not self.state:
+            raise CryobenchError(f"{self.name} has not been trained: fit it, or give weights (--weights, --train-on)")
+        net = self.network().to(self.device)
+        net.load_state_dict(self.state)
+        return net.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def unit(self, images: Tensor, sigma: float | None) -> float:
+        """What the network sees as 1: sigma, but no less than a thousandth of the images' spread (0 for blank ones).
+
+        Far above any SNR of the training, the network would only see numbers too large for it.
+        """
+        return max(float(sigma or 0), 1e-3 * float(images.std(correction=0)))
+
+    def denoise(self, images: Tensor, sigma: float | None = None) -> Tensor:
+        """Images of any size; sigma as in :class:`Denoiser`. Raises CryobenchError before fit or load."""
+        net, mean, unit = self.trained_network(), images.mean(), self.unit(images, sigma)
+        if unit == 0:
+            return images
+        return apply_tiled(net, (images - mean) / unit, self.margin, self.multiple) * unit + mean
