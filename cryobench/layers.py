@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-def layer_table(network: nn.Module, *inputs: Tensor, depth: int = 2) -> str:
+def layer_table(network: nn.Module, *inputs: Tensor, depth: int = 3) -> str:
     """One line a module, down to ``depth`` levels, in the order of computing: name, kind, shape of what comes out,
     weights. inputs: what the network is called with. A last line has the sum and the multiplications per call."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -90,14 +90,17 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, level: Tensor | None = None) -> Tensor:
         embedded = None if self.embed is None else self.embed(level)
         h, kept = self.enter(F.pixel_unshuffle(x, self.patch)), []
-        for k, blocks in enumerate(self.down):
-            for block in blocks:
-                h = block(h, embedded)
+        for k, level_blocks in enumerate(self.down):
+            h = _through(level_blocks, h, embedded)
             if k < len(self.shrink):
                 kept.append(h)
                 h = self.shrink[k](h)
         for k in reversed(range(len(self.up))):
-            h = torch.cat([F.pixel_shuffle(self.grow[k](h), 2), kept[k]], dim=1)
-            for block in self.up[k]:
-                h = block(h, embedded)
+            h = _through(self.up[k], torch.cat([F.pixel_shuffle(self.grow[k](h), 2), kept[k]], dim=1), embedded)
         return F.pixel_shuffle(self.leave(F.silu(h)), self.patch).to(x.dtype)
+
+
+def _through(blocks: nn.Module, h: Tensor, level: Tensor | None) -> Tensor:
+    for block in blocks.children():
+        h = block(h, level)
+    return h
