@@ -50,7 +50,7 @@ class LevelEmbedding(nn.Module):
         self.layers = nn.Sequential(nn.Linear(2 * half, 2 * width), nn.SiLU(), nn.Linear(2 * width, width), nn.SiLU())
 
     def forward(self, level: Tensor) -> Tensor:
-        angle = level[:, None] * self.frequencies
+        angle = level[:, None] * torch.as_tensor(self.frequencies)
         return self.layers(torch.cat([angle.sin(), angle.cos()], dim=1))
 
 
