@@ -17,6 +17,7 @@ from blobs import BlobData
 from torch import Tensor, nn
 
 from cryobench.errors import BadFileError, CryobenchError
+from cryobench.methods import flops
 from cryobench.methods.base import Budget
 from cryobench.methods.training import BudgetSpent, Loss, Player, TrainConfig, pick_precision, seeded, train
 
@@ -151,11 +152,11 @@ def test_divergence_rolls_back_once_with_a_lower_rate(capsys: pytest.CaptureFixt
     def once(net: nn.Module, source: Tensor, target: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        return loss(net, source, target) * (math.inf if calls == 25 else 1.0)
+        return loss(net, source, target) * (math.inf if calls == 1 + 25 else 1.0)  # the first is counted, no step
 
     weights, facts = fit(loss=once)
     assert facts["rolled_back_at"] == 32  # looked at every 16 steps
-    assert calls == 40 + 16
+    assert calls == 1 + 40 + 16
     assert all(torch.isfinite(w).all() for w in weights.values())
     assert all(math.isfinite(row[1]) for row in facts["loss"])
     assert "back to step 16" in capsys.readouterr().err
@@ -264,7 +265,13 @@ def test_average_of_weights() -> None:
     config = replace(CONFIG, steps=30, ema=0.0, channels_last=False)
     last = Counter()
     train(last, batch, slope, config, Budget(progress=False), 0, CPU)
-    steps, mean = [*path[1:30], float(last.weight.detach())], 0.0
+    steps, mean = (
+        [
+            *path[2:31],  # the first call counts operations, the second starts from 0
+            float(last.weight.detach()),
+        ],
+        0.0,
+    )
     for k, value in enumerate(steps):
         decay = min(0.8, (1 + k) / (10 + k))
         mean = decay * mean + (1 - decay) * value
@@ -289,3 +296,61 @@ def test_progress_is_quiet_when_asked(capsys: pytest.CaptureFixture[str]) -> Non
     shown = capsys.readouterr()
     assert "train toy" in shown.err
     assert shown.out == ""
+
+
+def test_operations_of_a_convolution_by_hand() -> None:
+    """Two convolutions of 3 x 3 without padding, on images of 10 px; 2 operations for each multiply-add."""
+    with seeded(0, CPU):
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    first, second = 2 * 8 * 8 * 4 * 1 * 9, 2 * 6 * 6 * 2 * 4 * 9
+    # backward: the gradients of both weights and of the second input; the images need none
+    expected = (first + second) + (first + 2 * second)
+
+    def plain(net: nn.Module, source: Tensor, target: Tensor) -> Tensor:
+        return net(source).float().square().mean()
+
+    images = torch.randn(3, 1, 10, 10)
+    for bfloat16 in (False, True):
+        turns = [(plain, list(net.parameters()), 1)]
+        assert flops.count(net, turns, images, images, bfloat16) == expected
+    # a player at every fifth step whose gradient stops at the second layer
+    turns = [*turns, (plain, list(net[2].parameters()), 5)]
+    assert flops.count(net, turns, images, images, False) == expected + (first + 2 * second) / 5
+
+
+def test_counting_leaves_no_trace() -> None:
+    net = network()
+    before, kept = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
+    source, target = batch(0, 4, 0, CPU)
+    assert flops.count(net, [(loss, list(net.parameters()), 1)], source, target, False) > 0
+    assert same(before, net.state_dict())
+    assert torch.equal(kept, torch.get_rng_state())
+    assert all(w.grad is None for w in net.parameters())
+
+    def never(net: nn.Module, source: Tensor, target: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("simulated")
+
+    assert flops.count(net, [(never, list(net.parameters()), 1)], source, target, False) is None
+
+
+def test_operations_are_counted_once_a_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    count = flops.count
+    monkeypatch.setattr(flops, "count", lambda *given: (calls.append(1), count(*given))[1])
+    budget = Budget(seconds=0.0, checkpoint=tmp_path / "checkpoint.pt", progress=False)
+    for _ in range(2):
+        with pytest.raises(BudgetSpent):
+            fit(replace(CONFIG, steps=3), budget)
+    _, facts = fit(replace(CONFIG, steps=3), budget)
+    assert len(calls) == 1
+    assert facts["flop_per_image"] == 3 * (2 * 16 * 16 * 2 * 8 * 9) - 2 * 16 * 16 * 8 * 9
+    assert facts["mfu"] is None
+    assert facts["tflops"] == pytest.approx(facts["flop_per_image"] * facts["images_per_second"] / 1e12, rel=1e-2)
+
+
+def test_utilisation_is_the_share_of_the_peak() -> None:
+    assert flops.rates(1e9, 98_900.0, "NVIDIA H100 80GB HBM3", "bfloat16")["mfu"] == 0.1
+    assert flops.rates(1e9, 49_400.0, "NVIDIA H200", "float32")["mfu"] == 0.1
+    assert flops.rates(1e9, 75_600.0, "NVIDIA H100 PCIe", "bfloat16")["mfu"] == 0.1
+    assert flops.rates(1e9, 1.0, "an abacus", "float32") == {"flop_per_image": 10**9, "tflops": 0.001, "mfu": None}
+    assert set(flops.rates(None, 1.0, "NVIDIA H200", "float32").values()) == {None}

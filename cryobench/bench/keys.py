@@ -22,6 +22,7 @@ WITHOUT_INFLUENCE = {
     "cryobench.specimens.manifest",
     "cryobench.specimens.fetch",
     "cryobench.bench.tables",
+    "cryobench.methods.flops",
 }
 
 

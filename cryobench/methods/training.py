@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from cryobench.errors import CryobenchError
+from cryobench.methods import flops
 from cryobench.methods.base import Budget
 from cryobench.methods.checkpoint import read_checkpoint, write_checkpoint
 
@@ -106,9 +107,10 @@ def train(
     """Train ``model`` (on ``device``) in place; it ends with the averaged weights where ``config.ema`` > 0.
 
     Returns plain facts: loss curve ``[[step, loss of each player], ...]`` of at most 200 means, images per second,
-    seconds (over all resumed pieces), device, precision, parameters. Raises BudgetSpent (call again to
-    go on), BadFileError for a checkpoint of another fit, and CryobenchError where the training diverges
-    twice or not even one image fits into the device's memory.
+    seconds (over all resumed pieces), device, precision, parameters, and operations with their rate (see
+    :func:`cryobench.methods.flops.rates`). Raises BudgetSpent (call again to go on), BadFileError for a checkpoint of
+    another fit, and CryobenchError where the training diverges twice or not even one image fits into the device's
+    memory.
     """
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -146,10 +148,12 @@ class _Fit:
             kept = read_checkpoint(self.budget.checkpoint, self.key, self.device)
             if kept is not None:
                 self._restore(kept)
+        self.model.train()
+        if "flop_per_image" not in self.at:
+            self.at["flop_per_image"] = self._flop_per_image()
         if self.device.type == "cuda" and self.config.compile and (shutil.which("cc") or shutil.which("gcc")):
             for player in self.players:
                 player.module.compile()  # in place, so the names of the weights stay; triton needs a C compiler
-        self.model.train()
         good, start, saved = self._snapshot(), time.monotonic(), time.monotonic()
         before, first = self.at["seconds"], self.at["step"]
         from tqdm import tqdm
@@ -184,6 +188,11 @@ class _Fit:
                     raise BudgetSpent(f"{self.name}: time is up at step {step} of {self.config.steps}; {mend}")
         if self.config.ema:
             self.model.load_state_dict(self.average)
+
+    def _flop_per_image(self) -> float | None:
+        source, target = self.batch(0, min(flops.IMAGES, self.config.batch_size), self.seed, self.device)
+        turns = [(p.loss, w, p.every) for p, w in zip(self.players, self.parameters, strict=True)]
+        return flops.count(self.model, turns, source, target, self.at["precision"] == "bfloat16")
 
     def _step(self) -> None:
         step = self.at["step"]
@@ -273,6 +282,7 @@ class _Fit:
             [min(first + width, steps), *self.losses[first : first + width].mean(dim=0).tolist()]
             for first in range(0, steps, width)
         ]
+        speed = steps * self.config.batch_size / max(seconds, 1e-9)
         on = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return {
             "loss": curve,
@@ -281,7 +291,8 @@ class _Fit:
             "pieces": self.at["pieces"],
             "rolled_back_at": self.at["rolled_back_at"],
             "seconds": round(seconds, 2),
-            "images_per_second": round(steps * self.config.batch_size / max(seconds, 1e-9), 2),
+            "images_per_second": round(speed, 2),
+            **flops.rates(self.at["flop_per_image"], speed, on, self.at["precision"]),
             "device": on,
             "precision": self.at["precision"],
             "parameters": sum(w.numel() for w in self.model.parameters()),
