@@ -43,6 +43,9 @@ def count(
     from torch.utils.flop_counter import FlopCounterMode
 
     kept = copy.deepcopy(model.state_dict())
+    gradients = [(w, w.grad) for w in model.parameters()]
+    for weight, _ in gradients:
+        weight.grad = None
     device = source.device
     cuda = [device.index or 0] if device.type == "cuda" else []
     total = 0.0
@@ -52,12 +55,14 @@ def count(
             with torch.random.fork_rng(devices=cuda), counter:
                 with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                     value = loss(model, source, target)
-                torch.autograd.grad(value, parameters, allow_unused=True)
+                value.backward(inputs=list(parameters))  # autograd.grad fails under the counter with weight norm
             total += counter.get_total_flops() / every
     except torch.OutOfMemoryError:
         return None
     finally:
         model.load_state_dict(kept)
+        for weight, gradient in gradients:
+            weight.grad = gradient
     return total / len(source)
 
 
