@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cryobench.errors import CryobenchError
+from cryobench.imaging.boxes import fit_into
 from cryobench.imaging.ctf import bfactor_2d
 from cryobench.imaging.noise import ice_spectrum
 from cryobench.imaging.projection import Projector
@@ -87,8 +87,8 @@ class Method(Denoiser):
             raise CryobenchError("bayes knows the structure only after fit: give --reference or --weights")
         height, width = images.shape[1:]
         size, offset = max(height, width), self.info["offset"]
-        images = _fit_into(images.to(self.device, torch.float32) - offset, (size, size))
-        volume = _fit_into(self.state["volume"], (size, size, size))
+        images = fit_into(images.to(self.device, torch.float32) - offset, (size, size))
+        volume = fit_into(self.state["volume"], (size, size, size))
         projector = Projector(volume)
         signal = float(projector.project(torch.eye(3, device=self.device)[None]).std())
         power = ice_spectrum(size, size) if self.info["noise"] == "coloured" else torch.ones(size, size // 2 + 1)
@@ -105,16 +105,7 @@ class Method(Denoiser):
         mean, variance, change, cells = (
             torch.cat([getattr(p, name) for p in found]) for name in ("mean", "variance", "change", "cells")
         )
-        return Posterior(_fit_into(mean, (height, width)) + offset, variance, change, cells)
-
-
-def _fit_into(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Pad the last axes of x with zeros, or crop them, to ``shape``; the centre, index size // 2, stays the centre."""
-    padding: list[int] = []
-    for old, new in zip(reversed(x.shape), reversed(shape), strict=False):
-        before = new // 2 - old // 2
-        padding += [before, new - old - before]
-    return F.pad(x, padding)
+        return Posterior(fit_into(mean, (height, width)) + offset, variance, change, cells)
 
 
 def _radius(volume: Tensor) -> float:
