@@ -58,7 +58,7 @@ def test_noise_level_changes_the_result() -> None:
 
 
 def test_mean_over_turns_commutes_with_turning() -> None:
-    """A convolution does not commute; its mean over turns does, also where sides differ. One that does stays as it is."""
+    """A convolution does not; its mean over turns does, also where sides differ. One that does stays as it is."""
     torch.manual_seed(0)
     net = torch.nn.Conv2d(1, 1, 3, padding=1)
     x = torch.randn(2, 1, 9, 14)

@@ -30,6 +30,8 @@ from cryobench.paths import project_root
 FILE = project_root() / "results" / "shipped" / "training.json"
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1, 2)
 CWF = {"start": "cwf"}
+#: what the curves are read against
+LEVELS = ("bm3d", "cwf", "bayes")
 #: name, method, options, multiples of the quick budget, data ("fresh", "fixed" or "fixed views")
 CURVES: list[tuple[str, str, dict[str, Any], tuple[float, ...]]] = [
     ("unet", "unet", {}, (*SHARES, 4)),
@@ -67,8 +69,8 @@ class FixedViews(TrainingData):
 
 def experiment(method: str, options: dict[str, Any], share: float = 1.0) -> Experiment:
     cell = Cell("zhang2024", "channel", method, "quick", 0)
-    steps = options.get("steps", Experiment(cell).config.steps)
-    return Experiment(cell, "cpu", {**options, "steps": max(1, round(share * steps))})
+    steps = options.get("steps", getattr(Experiment(cell).config, "steps", None))
+    return Experiment(cell, "cpu", {**options, "steps": max(1, round(share * steps))} if steps else options)
 
 
 def training_data(run: Experiment, data: str) -> TrainingData:
@@ -89,7 +91,10 @@ def rows() -> list[dict[str, Any]]:
         {"part": "ablation", "name": name, "method": "unet", "options": options, "share": 1, "data": data}
         for name, options, data in ABLATIONS
     ]
-    return sorted([*curves, *ablations], key=lambda row: row["share"])
+    levels = [
+        {"part": "level", "name": name, "method": name, "options": {}, "share": 1, "data": "fresh"} for name in LEVELS
+    ]
+    return sorted([*levels, *curves, *ablations], key=lambda row: row["share"])
 
 
 def measure(row: dict[str, Any], run: Experiment) -> dict[str, Any]:
@@ -100,10 +105,10 @@ def measure(row: dict[str, Any], run: Experiment) -> dict[str, Any]:
     denoised = method.denoise(run.test.noisy, run.test.sigma)
     values = score("fair", denoised, run.test.clean)
     return {
-        "steps": run.config.steps,
-        "images": run.config.steps * run.config.batch_size,
+        "steps": method.info.get("steps", 0),
+        "images": method.info.get("steps", 0) * method.info.get("batch_size", 0),
         "cpu_seconds": round(seconds, 1),
-        "parameters": method.info["parameters"],
+        "parameters": sum(w.numel() for w in method.state.values()),
         "flop_per_image": method.info.get("flop_per_image"),
         "psnr": summarise(values["psnr"]),
         "mse": summarise(values["mse"]),
@@ -124,7 +129,7 @@ def main() -> None:
             continue
         run = experiment(row["method"], row["options"], 0.02 if args.calibrate else row["share"])
         if args.calibrate:
-            if row["share"] == 1:
+            if row["share"] == 1 and row["part"] != "level":
                 found = measure(row, run)
                 study["seconds_per_step"][row["name"]] = found["cpu_seconds"] / found["steps"]
         else:
