@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--symmetry", metavar="GROUP", help="of the reference about its axes, as C4 or D7: saves time")
     c.add_argument("--ctf", metavar="STAR", help="CTF of the input's images, for methods that use it")
     c.add_argument("--train-on", nargs="+", default=[], metavar="STACK", help="with STACK_clean.mrcs beside it")
-    c.add_argument("--weights", metavar="FILE")
+    c.add_argument("--weights", metavar="FILE", help="saved before; or 'shipped': those that come with cryobench")
     c.add_argument("--save-weights", metavar="FILE", help="keep what was learned")
     c.add_argument("--profile", default="quick")
     c.add_argument("--pixel-size", type=float, metavar="A")
@@ -90,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--scheduler", metavar="ADDR", help="of a cluster (not available yet)")
     c.add_argument("--device", default="auto")
 
-    c = command("status", "per cell: done, stale (and what changed), failed, missing")
+    c = command(
+        "status", "per cell: done, stale (and what changed), failed, missing, shipped (committed, not run here)"
+    )
     _add_cells(c)
     c.add_argument("--json", action="store_true")
 

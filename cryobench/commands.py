@@ -225,13 +225,13 @@ def run(args: Namespace) -> int:
 
 def status(args: Namespace) -> None:
     """State of every cell, and why."""
-    from cryobench.bench.plan import cells_of, state_of
+    from cryobench.bench.plan import cells_of, state_shown
     from cryobench.bench.tables import load_table
     from cryobench.methods.registry import all_methods
 
     specs = [load_table(name) for name in args.table]
     states = [
-        state_of(cell, Path(args.results))
+        state_shown(cell, Path(args.results))
         for spec in specs
         for cell in cells_of(spec, _profile(args), args.specimen, args.method, args.seeds)
     ]

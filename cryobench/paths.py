@@ -21,6 +21,12 @@ def project_root() -> Path:
     return package / "_share"
 
 
+def shipped_dir() -> Path:
+    """Committed records that fill tables where nothing was run: $CRYOBENCH_SHIPPED (for tests), or results/shipped."""
+    chosen = os.environ.get("CRYOBENCH_SHIPPED")
+    return Path(chosen).absolute() if chosen else project_root() / "results" / "shipped"
+
+
 def cache_dir() -> Path:
     """$CRYOBENCH_CACHE, or the user's cache folder of this system."""
     chosen = os.environ.get("CRYOBENCH_CACHE")

@@ -22,12 +22,12 @@ from typing import Any
 import yaml
 
 from cryobench.bench.keys import code_hashes, digest, notebook_code, notebook_hash
-from cryobench.bench.notebooks import execute, parameters_of
+from cryobench.bench.notebooks import execute, parameters_of, without_origin
 from cryobench.bench.plan import notebook_of
-from cryobench.bench.records import read_record
+from cryobench.bench.records import read_record, shipped_records
 from cryobench.bench.tables import load_table, table_names
 from cryobench.errors import BadFileError, CryobenchError
-from cryobench.paths import project_root
+from cryobench.paths import project_root, shipped_dir
 
 #: chapters in reading order: (title of the part, notebooks of the folder notebooks/)
 PARTS = (
@@ -38,7 +38,7 @@ PARTS = (
 LONG = ("limit", "invention")  # chapters that take more than a minute
 METHOD_ORDER = (
     "noisy blank shrink lowpass-oracle mean gaussian bilateral lowpass bm3d ksvd cwf dncnn noise2noise restore "
-    "denoisegan robustgan gan gan-perceptual sr3 sr3-post score score-target bayes"
+    "unet denoisegan robustgan gan gan-perceptual sr3 sr3-post score score-target bayes"
 ).split()
 
 
@@ -68,22 +68,33 @@ def build_book(profile: str, results: Path, output: Path | None, say: Callable[[
 
 
 def _runs(results: Path, profile: str) -> dict[str, list[Path]]:
-    """Executed notebooks that have a record, by method; the first of each becomes the chapter."""
+    """Executed notebooks that have a record, by method; the first of each becomes the chapter.
+
+    Committed ones stand where nothing was run here, and last.
+    """
     found: dict[str, list[Path]] = {}
     for table in table_names():
         order = {s: k for k, s in enumerate(load_table(table).specimens)}
-        for path in sorted((results / table / profile).glob("*.json")):
+        here = set()
+        for path in [*sorted((results / table / profile).glob("*.json")), *shipped_records(table, profile)]:
             try:
                 record = read_record(path)
             except BadFileError:
                 continue
-            if record["status"] == "done" and path.with_suffix(".ipynb").exists():
+            if record["status"] == "done" and path.name not in here and path.with_suffix(".ipynb").exists():
                 found.setdefault(record["method"], []).append(path.with_suffix(".ipynb"))
+                here.add(path.name)
         for method, paths in found.items():
             # the chapter shows the run that the notebook's own parameters name, if it was made
             own = parameters_of(notebook_of(method)).get("table")
-            paths.sort(key=lambda p: (p.parent.parent.name != own, order.get(p.name.split("__")[0], 99), p.name))
+            paths.sort(
+                key=lambda p: (_shipped(p), p.parent.parent.name != own, order.get(p.name.split("__")[0], 99), p.name)
+            )
     return found
+
+
+def _shipped(path: Path) -> bool:
+    return path.is_relative_to(shipped_dir())
 
 
 def _inputs(profile: str, runs: dict[str, list[Path]]) -> str:
@@ -107,7 +118,10 @@ def _chapters() -> list[str]:
 
 def _execute_chapters(profile: str, results: Path, say: Callable[[str], None]) -> dict[str, Path]:
     """Executed chapters by name, two at a time; a chapter whose inputs are unchanged is not run again."""
-    read = [hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(results.glob(f"*/{profile}/*.json"))]
+    files = sorted(results.glob(f"*/{profile}/*.json")) + [
+        p for t in table_names() for p in shipped_records(t, profile)
+    ]
+    read = [hashlib.sha256(p.read_bytes()).hexdigest() for p in files]
 
     def chapter(name: str) -> Path:
         notebook = project_root() / "notebooks" / f"{name}.ipynb"
@@ -153,13 +167,9 @@ def _write_source(source: Path, chapters: dict[str, Path], runs: dict[str, list[
 
 def _place(executed: Path, current: Path, target: Path, title: str = "") -> None:
     """Outputs of the run under the prose of today; title replaces the chapter's own on pages of single runs."""
-    book, source = (json.loads(p.read_text()) for p in (executed, current))
+    book, source = without_origin(json.loads(executed.read_text())), json.loads(current.read_text())
     prose = [c for c in source["cells"] if c["cell_type"] == "markdown"]
-    given = next((c for c in book["cells"] if "injected-parameters" in c["metadata"].get("tags", [])), None)
-    cells = [c for c in book["cells"] if c is not given]
-    for cell in cells:
-        if given and "parameters" in cell["metadata"].get("tags", []):
-            cell["source"] = _merged(cell["source"], given["source"])
+    cells = book["cells"]
     shown = [c for c in cells if c["cell_type"] == "markdown"]
     if len(prose) == len(shown):
         for cell, text in zip(shown, prose, strict=True):
@@ -167,19 +177,19 @@ def _place(executed: Path, current: Path, target: Path, title: str = "") -> None
     if title and cells and cells[0]["cell_type"] == "markdown":
         lines = "".join(cells[0]["source"]).splitlines()
         cells[0]["source"] = "\n".join([f"# {title}", *lines[1:]])
-    book["cells"] = cells
-    # the position of the executing process in papermill's notes is nobody's business
-    book["metadata"] = {k: v for k, v in book["metadata"].items() if k in ("kernelspec", "language_info")}
+    if _shipped(executed):
+        cells.insert(min(1, len(cells)), _not_made_here(executed))
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(book))
 
 
-def _merged(defaults: str | list[str], given: str | list[str]) -> str:
-    """The cell of default parameters with the values of the run; where its records went is nobody's business."""
-    values = dict(line.split(" = ", 1) for line in "".join(given).splitlines() if " = " in line)
-    values.pop("results", None)
-    lines = "".join(defaults).splitlines()
-    return "\n".join(f"{name} = {values[name]}" if (name := line.split(" = ")[0]) in values else line for line in lines)
+def _not_made_here(executed: Path) -> dict[str, Any]:
+    run = read_record(executed.with_suffix(".json"))["provenance"]
+    text = (
+        f"```{{note}}\nThis run was not made on this machine: it is a committed one, of commit {run['commit'][:9]} on "
+        f"{run['device']}, {run['utc'][:10]}. Its text is kept, its figures are not; `cryobench run` makes them.\n```"
+    )
+    return {"cell_type": "markdown", "id": "not-made-here", "metadata": {}, "source": text}
 
 
 def _sphinx(source: Path, output: Path) -> None:

@@ -9,6 +9,7 @@ import re
 import time
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -182,12 +183,16 @@ class Experiment:
         ctf = self.test_ctf
         return None if ctf is None else ctf[:n]
 
-    def fit(self, budget: Budget | None = None) -> Denoiser:
-        """The fitted method, from the cache where this very fit was made before; resumes a killed one."""
-        cell = self.cell
+    @property
+    def fit_folder(self) -> Path:
+        """Where the cache keeps this very fit: ``weights.*`` when it is complete, ``checkpoint.pt`` before."""
         code = code_hashes("cryobench.imaging.training_data", *DENSITY_CODE, self.method_class.__module__)
         key = digest({**self.inputs(), "code": code, "conventions": None})[:24]
-        folder = cache_dir() / "fits" / f"{cell.method}-{key}"
+        return cache_dir() / "fits" / f"{self.cell.method}-{key}"
+
+    def fit(self, budget: Budget | None = None) -> Denoiser:
+        """The fitted method, from the cache where this very fit was made before; resumes a killed one."""
+        cell, folder = self.cell, self.fit_folder
         weights = folder / "weights"
         if (folder / "weights.json").exists():
             return self.method_class.load(weights, self.device)

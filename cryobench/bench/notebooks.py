@@ -85,3 +85,23 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], threads: i
         lines = [line for line in errors.splitlines() if line.strip()]
         reason = lines[-1].strip() if lines else f"papermill ended with {process.returncode}"
         raise NotebookError(f"{notebook.name}: {reason}")
+
+
+def without_origin(notebook: dict[str, Any]) -> dict[str, Any]:
+    """An executed notebook as one to read: its parameters in their own cell, and nothing of where it was executed."""
+    given = next((c for c in notebook["cells"] if "injected-parameters" in c["metadata"].get("tags", [])), None)
+    cells = [dict(c) for c in notebook["cells"] if c is not given]
+    for cell in cells:
+        cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k not in ("papermill", "execution")}
+        if given and "parameters" in cell["metadata"].get("tags", []):
+            cell["source"] = _merged(cell["source"], given["source"])
+    metadata = {k: v for k, v in notebook["metadata"].items() if k in ("kernelspec", "language_info")}
+    return {**notebook, "cells": cells, "metadata": metadata}
+
+
+def _merged(defaults: str | list[str], given: str | list[str]) -> str:
+    """The cell of default parameters with the values of the run; where its records went is nobody's business."""
+    values = dict(line.split(" = ", 1) for line in "".join(given).splitlines() if " = " in line)
+    values.pop("results", None)
+    lines = "".join(defaults).splitlines()
+    return "\n".join(f"{name} = {values[name]}" if (name := line.split(" = ")[0]) in values else line for line in lines)

@@ -14,13 +14,13 @@ from cryobench.bench.keys import digest, notebook_hash
 from cryobench.bench.tables import TableSpec
 from cryobench.errors import BadFileError, CryobenchError
 from cryobench.methods.registry import all_methods, get_method
-from cryobench.paths import project_root
+from cryobench.paths import project_root, shipped_dir
 from cryobench.specimens.catalog import available, specimen_name
 
 
 @dataclass(frozen=True)
 class State:
-    """done, stale, failed or missing; why says what changed or went wrong."""
+    """done, stale, failed, missing, or shipped (see :func:`state_shown`); why says what changed or went wrong."""
 
     cell: Cell
     state: str
@@ -89,6 +89,15 @@ def state_of(cell: Cell, results: Path, device: str = "auto") -> State:
     if digest(now) == then["key"]:
         return State(cell, "done")
     return State(cell, "stale", "; ".join(_changes(record, now)) or "the inputs changed")
+
+
+def state_shown(cell: Cell, results: Path) -> State:
+    """As :func:`state_of`; a cell without a record here is ``shipped`` where a committed one fills its place."""
+    own = state_of(cell, results)
+    if own.state != "missing" or path_of(cell, shipped_dir()) not in records.shipped_records(cell.table, cell.profile):
+        return own
+    committed = state_of(cell, shipped_dir())
+    return State(cell, "shipped", "" if committed.state == "done" else f"{committed.state}: {committed.why}")
 
 
 def current_inputs(cell: Cell, device: str = "auto") -> dict[str, Any]:

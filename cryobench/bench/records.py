@@ -19,7 +19,7 @@ import numpy as np
 
 from cryobench import __version__
 from cryobench.errors import BadFileError
-from cryobench.paths import project_root
+from cryobench.paths import project_root, shipped_dir
 
 VERSION = 1
 #: how many images of a run are kept beside its record
@@ -79,6 +79,11 @@ def record_path(results: Path, table: str, profile: str, specimen: str, method: 
     return results / table / profile / f"{specimen}__{method}__s{seed}.json"
 
 
+def shipped_records(table: str, profile: str) -> list[Path]:
+    """Files of the committed records of a table. The smoke profile has none: it is there to test what runs here."""
+    return [] if profile == "smoke" else sorted((shipped_dir() / table / profile).glob("*.json"))
+
+
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Validate and write atomically: a killed run leaves the old record or the new one, never half of it."""
     _validator()(record)
@@ -135,12 +140,26 @@ def result_of(record: dict[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _git(*arguments: str) -> str:
+def _git(*arguments: str) -> str | None:
+    """What git says of the project; None where there is no git or no repository."""
     try:
         done = subprocess.run(["git", *arguments], cwd=project_root(), capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _code() -> dict[str, Any]:
+    """Commit, and whether the code differs from it. A copy without git says by $CRYOBENCH_COMMIT what it is of, with
+    ``-dirty`` behind it where it is not quite that (as ``git describe --always --abbrev=40 --dirty`` prints it)."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        commit, _, changed = os.environ.get("CRYOBENCH_COMMIT", "").partition("-")
+        return {"commit": commit or "unknown", "dirty": bool(changed) or not commit}
+    return {
+        "commit": commit,
+        "dirty": _git("status", "--porcelain", "--", "cryobench", "notebooks", "tables", "data") != "",
+    }
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -149,8 +168,7 @@ def machine(device: str) -> dict[str, Any]:
 
     gpu = device.startswith("cuda")
     return {
-        "commit": _git("rev-parse", "HEAD") or "unknown",
-        "dirty": bool(_git("status", "--porcelain", "--", "cryobench", "notebooks", "tables", "data")),
+        **_code(),
         "package_version": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),

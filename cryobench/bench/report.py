@@ -19,6 +19,7 @@ from cryobench.bench.tables import TableSpec, load_table
 from cryobench.errors import BadFileError, CryobenchError
 from cryobench.methods.registry import all_methods
 from cryobench.metrics.bootstrap import summarise
+from cryobench.paths import shipped_dir
 from cryobench.specimens.catalog import available
 
 SCORES = ("mse", "psnr", "ssim", "psnr_fit")
@@ -35,18 +36,29 @@ NOTES = (
     "built, not measured.",
 )
 
-Maker = Callable[[str, list[Column], list[Row], list[str]], str]
+Maker = Callable[[str, list[Column], list[Row], list[str], list[str]], str]
 
 
 def load_records(spec: TableSpec, profile: str, results: Path) -> Found:
-    """All readable records of a table; an unreadable file is left out (``status`` names it)."""
-    found = []
-    for path in sorted((results / spec.name / profile).glob("*.json")):
+    """All readable records of a table; an unreadable file is left out (``status`` names it).
+
+    Where nothing was run here, the committed record is taken. ``shipped`` says which of the two a record is.
+    """
+    found: Found = []
+    own, shipped = sorted((results / spec.name / profile).glob("*.json")), records.shipped_records(spec.name, profile)
+    for path in [*own, *shipped]:
         try:
-            found.append(records.read_record(path))
+            record = records.read_record(path)
         except BadFileError:
             continue
+        record["shipped"] = path in shipped
+        if not (record["shipped"] and any(r["status"] == "done" and _same_cell(r, record) for r in found)):
+            found.append(record)
     return found
+
+
+def _same_cell(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return all(a[k] == b[k] for k in ("specimen", "method", "seed"))
 
 
 def records_shown(spec: TableSpec, profile: str, results: Path) -> dict[str, dict[str, Found]]:
@@ -113,23 +125,23 @@ def _is_stale(spec: TableSpec, record: dict[str, Any], results: Path) -> bool:
     if record["method"] not in all_methods():
         return False
     cell = Cell(spec.name, name, record["method"], record["profile"], record["seed"])
-    return state_of(cell, results).state == "stale"
+    return state_of(cell, shipped_dir() if record["shipped"] else results).state == "stale"
 
 
 def cell_state(method: str, found: Found) -> str:
-    """done, stale, failed, missing or not built, from all records of a cell."""
+    """done, shipped, stale, failed, missing or not built, from all records of a cell."""
     if method not in all_methods():
         return "not built"
     counted = measured(found)
     if counted:
-        return "stale" if counted[0]["stale"] else "done"
+        return "stale" if counted[0]["stale"] else "done" if not all(r["shipped"] for r in counted) else "shipped"
     return "failed" if found else "missing"
 
 
 def _row(spec: TableSpec, specimen: str, method: str, found: Found, legacy: str) -> Row:
     """One row without its comparisons; ``found`` are the records that count."""
     built = all_methods().get(method)
-    row: Row = {k: None for c in COLUMNS for k in c.keys} | {"beats_limit_db": None, "limit_seeds": None}
+    row: Row = {k: None for c in COLUMNS for k in c.keys} | dict.fromkeys(("beats_limit_db", "limit_seeds", "shipped"))
     row |= {"specimen": specimen, "dataset": spec.dataset(specimen), "stand_in_for": spec.stands_in(specimen)}
     row |= {"method": method, "supervision": built.supervision if built else None}
     published = spec.published_row(specimen, method)
@@ -146,8 +158,11 @@ def _row(spec: TableSpec, specimen: str, method: str, found: Found, legacy: str)
         row[name] = _mean([r["invention"].get(name) for r in found])
     row["fit_seconds"] = _mean([r["cost"]["fit_seconds"] for r in found])
     row["images_per_s"] = _mean([r["cost"]["denoise_images_per_s"] for r in found])
+    row["train_images_per_s"] = _mean([r.get("fit", {}).get("images_per_second") for r in found])
+    row["mfu"] = _mean([r.get("fit", {}).get("mfu") for r in found])
     row["parameters"] = found[0]["cost"]["parameters"]
     row["seeds"] = " ".join(str(r["seed"]) for r in found)
+    row["shipped"] = " ".join(str(r["seed"]) for r in found if r["shipped"]) or None
     row["n"] = sum(len(v) for v in values(found, "fair", "psnr"))
     row["supervision"] = found[0]["supervision"]
     return row
@@ -169,6 +184,7 @@ def heading(spec: TableSpec, specimen: str, found: Found) -> str:
     name = f"{specimen} - STAND-IN for {stands_in}: the measured numbers are not of the paper's specimen"
     title = name if stands_in else f"{specimen} {spec.dataset(specimen)}".strip()
     mine = [r for r in found if r["specimen"] == specimen and r["status"] == "done"]
+    mine = [r for r in mine if not r["shipped"]] or mine
     if not mine:
         return f"{title}; nothing measured yet"
     data = mine[0]["provenance"]["data"]
@@ -179,6 +195,21 @@ def heading(spec: TableSpec, specimen: str, found: Found) -> str:
         f"stack), {sim['noise']} noise, {'CTF' if sim['ctf'] else 'no CTF'}, {data['n_test']} test images per seed, "
         f"on {', '.join(devices)}"
     )
+
+
+def origin(specimen: str, found: Found) -> list[str]:
+    """What the star at a method stands for: one line where a specimen has committed records, none where not."""
+    made: dict[str, Found] = {}
+    for r in found:
+        if r["specimen"] == specimen and r["shipped"]:
+            made.setdefault(r["provenance"]["device"], []).append(r["provenance"])
+    places = []
+    for device, runs in made.items():
+        commits = sorted({p["commit"][:9] for p in runs})
+        days = sorted({p["utc"][:10] for p in runs})
+        at = commits[0] + (f" and {len(commits) - 1} more" if len(commits) > 1 else "")
+        places.append(f"{device}, commit {at}, {' to '.join(dict.fromkeys((days[0], days[-1])))}")
+    return [f"*: committed record, made elsewhere ({'; '.join(places)}); not run on this machine"] if places else []
 
 
 def warnings(table: str, rows: list[Row]) -> list[str]:
@@ -219,14 +250,15 @@ def table_text(
     if form == "json":
         loud = [w for lines in wrong.values() for w in lines]
         whole = {"table": name, "profile": profile, "headings": headings, "warnings": loud, "rows": table}
+        whole["notes"] = [line for s in table for line in origin(s, found)]
         return json.dumps(whole, indent=1)
     if form == "csv":
         return csv_table([row for rows in table.values() for row in rows])
     columns = [c for c in COLUMNS if c.narrow or wide]
-    columns = [c for c in columns if wide or any(r[c.key] is not None for rows in table.values() for r in rows)]
+    columns = [c for c in columns if any(r[c.key] is not None for rows in table.values() for r in rows)]
     pages = f"{runs}/{name}" if runs else ""
     makers: dict[str, Maker] = {"text": text_table, "html": partial(html_table, runs=pages), "latex": latex_table}
-    parts = [makers[form](headings[s], columns, rows, wrong[s]) for s, rows in table.items()]
+    parts = [makers[form](headings[s], columns, rows, wrong[s], origin(s, found)) for s, rows in table.items()]
     notes = [n.format(legacy=_legacy(spec, convention)) for n in NOTES]
     if form == "text":
         title = f"{spec.paper['title']} ({spec.paper['year']}), profile {profile}"

@@ -33,6 +33,8 @@ class Column:
         if value is None:
             return "-"
         shown = format(value, self.style) if self.style else str(value)
+        if self.key == "method" and row["shipped"]:
+            shown += "*"
         low, high = (row[f"{self.key}_{end}"] if self.interval else None for end in ("low", "high"))
         if low is None or high is None:
             return shown
@@ -65,6 +67,8 @@ COLUMNS = (
     Column("noise_correlation_null", "its\nnull", ".3f", narrow=False),
     Column("fit_seconds", "fit\ns", ".0f"),
     Column("images_per_s", "images\n/s", ".0f"),
+    Column("train_images_per_s", "training\nimages/s", ".0f", narrow=False),
+    Column("mfu", "MFU", ".1%", narrow=False),
     Column("parameters", "parameters", "d", narrow=False),
     Column("seeds", "seeds", "", narrow=False),
     Column("n", "n", "d", narrow=False),
@@ -72,7 +76,7 @@ COLUMNS = (
 )
 
 
-def text_table(title: str, columns: list[Column], rows: list[Row], warnings: list[str]) -> str:
+def text_table(title: str, columns: list[Column], rows: list[Row], warnings: list[str], notes: list[str]) -> str:
     heads = [("\n" + c.title).split("\n")[-2:] for c in columns]
     lines = [list(line) for line in zip(*heads, strict=True)] + [[c.text(r) for c in columns] for r in rows]
     widths = [max(len(line[k]) for line in lines) for k in range(len(columns))]
@@ -82,10 +86,12 @@ def text_table(title: str, columns: list[Column], rows: list[Row], warnings: lis
         for line in lines
     ]
     lines_of_text = [textwrap.fill(title, WIDTH), *(line.rstrip() for line in body)]
-    return "\n".join([*lines_of_text, *(f"WARNING: {w}" for w in warnings)])
+    return "\n".join([*lines_of_text, *(f"WARNING: {w}" for w in warnings), *(textwrap.fill(n, WIDTH) for n in notes)])
 
 
-def html_table(title: str, columns: list[Column], rows: list[Row], warnings: list[str], runs: str = "") -> str:
+def html_table(
+    title: str, columns: list[Column], rows: list[Row], warnings: list[str], notes: list[str], runs: str = ""
+) -> str:
     """``runs``: address of the pages of the runs, which each measured method then links to."""
     head = "".join(f"<th>{html.escape(c.title).replace(chr(10), '<br>')}</th>" for c in columns)
     lines = []
@@ -100,16 +106,18 @@ def html_table(title: str, columns: list[Column], rows: list[Row], warnings: lis
     body = "\n".join(lines)
     table = f'<table class="cryobench">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>'
     loud = "".join(f'<p class="cryobench-warning">WARNING: {html.escape(w)}</p>\n' for w in warnings)
-    return f'<p class="cryobench-title">{html.escape(title)}</p>\n{loud}<div class="cryobench">{table}</div>'
+    quiet = "".join(f'\n<p class="cryobench-note">{html.escape(n)}</p>' for n in notes)
+    return f'<p class="cryobench-title">{html.escape(title)}</p>\n{loud}<div class="cryobench">{table}</div>{quiet}'
 
 
-def latex_table(title: str, columns: list[Column], rows: list[Row], warnings: list[str]) -> str:
+def latex_table(title: str, columns: list[Column], rows: list[Row], warnings: list[str], notes: list[str]) -> str:
     def line(cells: list[str]) -> str:
         safe = [t.replace("%", r"\%").replace("_", r"\_").replace("±", r"$\pm$") for t in cells]
         return " & ".join(safe) + r" \\"
 
     form = "".join("r" if c.style else "l" for c in columns)
-    top = [f"% {title}", *(f"% WARNING: {w}" for w in warnings), rf"\begin{{tabular}}{{{form}}}", r"\hline"]
+    top = [f"% {title}", *(f"% WARNING: {w}" for w in warnings), *(f"% {n}" for n in notes)]
+    top += [rf"\begin{{tabular}}{{{form}}}", r"\hline"]
     top += [line([c.title.replace("\n", " ") for c in columns]), r"\hline"]
     return "\n".join([*top, *(line([c.text(r) for c in columns]) for r in rows), r"\hline", r"\end{tabular}"])
 
@@ -117,7 +125,7 @@ def latex_table(title: str, columns: list[Column], rows: list[Row], warnings: li
 def csv_table(rows: list[Row]) -> str:
     """All columns; an interval as two columns of numbers."""
     out = io.StringIO()
-    names = ["specimen", "dataset", "stand_in_for", *(k for c in COLUMNS for k in c.keys), "beats_limit_db"]
+    names = ["specimen", "dataset", "stand_in_for", *(k for c in COLUMNS for k in c.keys), "beats_limit_db", "shipped"]
     writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cryobench.imaging.training_data import Reference, TrainingData
 from cryobench.methods.base import Budget, Denoiser
 from cryobench.methods.noise_level import estimate_sigma
 from cryobench.methods.registry import get_method
+from cryobench.paths import project_root
 from cryobench.specimens.catalog import Structure, resolve
 
 #: what a trained method learns from where the user gives nothing: size in px, number of images
@@ -42,11 +44,12 @@ def prepare_method(
 ) -> Denoiser:
     """The method ``name`` ready to denoise ``images`` (n, h, w) of noise level sigma and pixel size in angstrom.
 
-    weights: file to load. train_on: stacks to learn from, each with its clean images beside it
-    (STACK_clean.mrcs) if the method's supervision asks for them. reference: the structure, for methods that know it;
-    ctf: of ``images``. With neither weights nor train_on, a method that needs noisy images only learns from
-    ``images``; one that needs clean images learns from simulated projections of the built-in ``channel`` at the SNR of
-    ``images``; and ``channel`` is the reference where none is given. ``say`` announces what is not the user's own.
+    weights: file to load, or "shipped" for those that come with cryobench. train_on: stacks to learn from, each with
+    its clean images beside it (STACK_clean.mrcs) if the method's supervision asks for them. reference: the structure,
+    for methods that know it; ctf: of ``images``. With neither weights nor train_on, a method that needs noisy images
+    only learns from ``images``; one that needs clean images learns from simulated projections of the built-in
+    ``channel`` at the SNR of ``images``; and ``channel`` is the reference where none is given. ``say`` announces what
+    is not the user's own.
     Raises CryobenchError for unknown methods, for what the method cannot use, for images that are not finite, and for
     stacks of different sizes or without clean images.
     """
@@ -65,7 +68,7 @@ def prepare_method(
     if ctf is not None and not method_class.uses_ctf:
         say(f"{name} makes no use of the CTF")
     if weights:
-        return method_class.load(weights, device)
+        return method_class.load(_shipped(name, say) if weights == "shipped" else weights, device)
     method = method_class(method_class.config_for(profile), device, seed)
     if method_class.fit is Denoiser.fit:
         return method
@@ -79,6 +82,20 @@ def prepare_method(
         train = _from_built_in(supervision, images, sigma, pixel_size, profile, device, seed, say)
     method.fit(train, Budget(progress=True))
     return method
+
+
+def _shipped(name: str, say: Callable[[str], None]) -> Path:
+    """Weights that come with cryobench, of the full profile rather than of quick; says what they learned from."""
+    files = {p.stem: p for p in (project_root() / "weights").glob("*.json")}
+    path = next((files[f"{name}-{p}"] for p in ("full", "quick") if f"{name}-{p}" in files), None)
+    if path is None:
+        raise CryobenchError(f"no weights of {name} are shipped; there are: {', '.join(sorted(files)) or 'none yet'}")
+    o = json.loads(path.read_text())["origin"]
+    say(
+        f"shipped weights {path.stem}: taught on {o['specimen']} at {o['size']} px of {o['pixel_size']:.3g} A, SNR "
+        f"{o['snr']:g}, {o['noise']} noise; what they draw may be of that structure"
+    )
+    return path
 
 
 def _from_structure(
