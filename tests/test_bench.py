@@ -248,3 +248,41 @@ def test_killed_runs_give_the_records_of_an_undisturbed_one(tmp_path):
         )
         assert a == b, method
     assert not list(Path(tmp_path / "killed").rglob("*.part"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_a_terminated_run_takes_its_notebooks_with_it(tmp_path):
+    """SIGTERM to the command alone, as ``timeout`` and batch systems send it, and no kernel is left a moment later."""
+
+    def ours() -> list[str]:
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if str(tmp_path).encode() in (folder / "environ").read_bytes():
+                    found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:
+                continue
+        return found
+
+    def wait(enough, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while not (met := enough()) and time.monotonic() < end:
+            time.sleep(0.1)
+        return met
+
+    command = [sys.executable, "-m", "cryobench", "run", "zhang2024", "--profile", "smoke", "--specimen", "channel"]
+    command += ["--method", "ksvd", "bm3d", "--jobs", "2", "--device", "cpu", "--results", str(tmp_path / "results")]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "CRYOBENCH_CACHE": str(tmp_path / "cache")},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert wait(lambda: sum("ipykernel" in line for line in ours()) == 2, 60)
+    process.terminate()
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "run the same command to go on" in said
+    assert wait(lambda: not ours(), 10), ours()
+    assert [p.name for p in (tmp_path / "results").rglob("*") if p.suffix == ".json"] == []

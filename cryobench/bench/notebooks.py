@@ -79,7 +79,9 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], threads: i
         finally:
             process.kill()  # its kernel goes with it; what was learned is in the checkpoint
             RUNNING.discard(process)
-    if partial.exists():
+    if process.returncode < 0:
+        partial.unlink(missing_ok=True)  # stopped by a signal: no result, and what is there of an earlier run stays
+    elif partial.exists():
         partial.replace(output)
     if process.returncode:
         lines = [line for line in errors.splitlines() if line.strip()]

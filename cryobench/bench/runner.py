@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -42,7 +44,7 @@ def run_cells(
     clock = _Clock([s.cell for s in todo], jobs, known)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     failed: list[tuple[Cell, str]] = []
-    with ThreadPoolExecutor(max_workers=jobs) as pool:
+    with _terminable(), ThreadPoolExecutor(max_workers=jobs) as pool:
         futures = {pool.submit(_run_cell, s, results, device_now, threads): s for s in todo}
         try:
             for done, future in enumerate(as_completed(futures), 1):
@@ -63,6 +65,19 @@ def run_cells(
                 process.terminate()
             raise
     return failed
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Within, SIGTERM (of ``timeout``, of a batch system) ends a run as Ctrl-C does: with the notebooks it started."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run_cell(state: State, results: Path, device: str, threads: int) -> tuple[float, str | None]:
