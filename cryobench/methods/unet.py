@@ -81,8 +81,8 @@ class Method(Learned):
         "quick": {
             "widths": (32, 64, 128),
             "blocks": 1,
-            "steps": 1200,
-            "batch_size": 16,
+            "steps": 2400,
+            "batch_size": 8,
             "learning_rate": 2e-3,
             "warmup": 50,
             "ema": 0.99,
