@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, nn
 
 
+def _is_layer(module: nn.Module) -> bool:
+    return all(name == "parametrizations" for name, _ in module.named_children())
+
+
 def layer_table(network: nn.Module, *inputs: Tensor, depth: int = 3) -> str:
     """One line a module, down to ``depth`` levels, in the order of computing: name, kind, shape of what comes out,
     weights. inputs: what the network is called with. A last line has the sum and the multiplications per call."""
@@ -25,7 +29,9 @@ def layer_table(network: nn.Module, *inputs: Tensor, depth: int = 3) -> str:
     chosen = [
         (name, module)
         for name, module in network.named_modules()
-        if name and (name.count(".") + 1 == depth or (name.count(".") + 1 < depth and not list(module.children())))
+        if name
+        and "parametrizations" not in name  # a normalised weight is no layer of its own
+        and (name.count(".") + 1 == depth or (name.count(".") + 1 < depth and _is_layer(module)))
     ]
     handles = [module.register_forward_hook(note(name)) for name, module in chosen]
     counter = FlopCounterMode(display=False)
