@@ -6,13 +6,18 @@ JOBS ?= 2
 # more optional dependencies, e.g. EXTRAS=,peers for the cross-checks with bm3d (non-commercial licence) and aspire (GPL)
 EXTRAS ?=
 BOOK_TABLES ?= zhang2024 tang2022
+# what `make book` runs of them; committed records fill the rest. BOOK_CELLS= runs everything (about twice as long)
+BOOK_CELLS ?= --specimen channel
+# the Python of an offline GPU node, and what it has beside torch (HAVE= collects everything but torch)
+PY ?= 3.12
+HAVE ?= numpy scipy matplotlib
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: book test lab setup lint clean
+.PHONY: book test lab setup lint wheelhouse clean
 
 book: $(READY)
-	@$(BIN)/cryobench run $(BOOK_TABLES) --profile $(PROFILE) --jobs $(JOBS)
+	@$(BIN)/cryobench run $(BOOK_TABLES) $(BOOK_CELLS) --profile $(PROFILE) --jobs $(JOBS)
 	@$(BIN)/cryobench book --profile $(PROFILE)
 	@$(BIN)/cryobench table $(BOOK_TABLES) --profile $(PROFILE)
 
@@ -39,6 +44,10 @@ $(READY): pyproject.toml constraints.txt
 
 lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# for tools/full_run.sh on a node without a network
+wheelhouse: $(READY)
+	@$(BIN)/python tools/wheelhouse.py wheelhouse --python $(PY) --have $(HAVE)
 
 clean:
 	rm -rf $(VENV) book/_build results/*/quick results/*/smoke

@@ -156,6 +156,12 @@ def test_records_are_complete_and_skipped_next_time(smoke):
     stamps = [path_of(c, results).stat().st_mtime_ns for c in cells]
     run_cells(cells, results, "cpu", say=silent)
     assert [path_of(c, results).stat().st_mtime_ns for c in cells] == stamps
+    # killed between its record and its end: the notebook is made again
+    notebook = path_of(cells[0], results).with_suffix(".ipynb")
+    notebook.unlink()
+    run_cells(cells, results, "cpu", say=silent)
+    assert notebook.exists()
+    assert path_of(cells[1], results).stat().st_mtime_ns == stamps[1]
 
 
 def test_noisy_row_has_the_psnr_that_sigma_implies(smoke):

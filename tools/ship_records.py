@@ -15,7 +15,7 @@ from cryobench.paths import project_root
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", metavar="RESULTS_DIR")
-    parser.add_argument("--profile", default="quick", choices=["quick", "full"])
+    parser.add_argument("--profile", default="quick", help="quick or full")
     parser.add_argument("--specimen", nargs="+", default=[], metavar="S", help="only these")
     parser.add_argument("--to", metavar="DIR", help="default: results/shipped of this project")
     parser.add_argument("--weights", metavar="DIR", help="copy there what trained methods learned, from the cache")

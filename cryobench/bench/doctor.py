@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+import tomllib
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,11 @@ def _row(what: str, state: str, remark: str) -> dict[str, Any]:
 
 def _requirements() -> list[dict[str, Any]]:
     rows = []
-    for line in requires("cryobench") or []:
-        if "extra ==" in line:
-            continue
+    try:
+        lines = [line for line in requires("cryobench") or [] if "extra ==" not in line]
+    except PackageNotFoundError:  # a copy of the repository that is not installed
+        lines = tomllib.loads((project_root() / "pyproject.toml").read_text())["project"]["dependencies"]
+    for line in lines:
         name = "".join(c if c.isalnum() or c in "-_." else " " for c in line).split()[0]
         try:
             rows.append(_row(name, "ok", version(name)))

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from cryobench.errors import CryobenchError
 
 #: notebooks that are executed now, by any thread
 RUNNING: set[subprocess.Popen[str]] = set()
+#: set when the user stops a run: what fails after that is no result
+STOPPING = threading.Event()
 
 
 class NotebookError(CryobenchError):
@@ -74,6 +77,8 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], threads: i
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
         )
         RUNNING.add(process)
+        if STOPPING.is_set():
+            process.terminate()  # whoever set it did not see this one
         try:
             _, errors = process.communicate()
         finally:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cryobench.bench import records
 from cryobench.bench.experiment import Cell, pick_device
-from cryobench.bench.notebooks import RUNNING, execute
+from cryobench.bench.notebooks import RUNNING, STOPPING, execute
 from cryobench.bench.plan import State, notebook_of, path_of, state_of
 from cryobench.errors import CryobenchError
 from cryobench.methods.registry import get_method
@@ -23,21 +23,20 @@ from cryobench.paths import cache_dir
 from cryobench.specimens.catalog import specimen_name
 
 Say = Callable[[str], None]
-#: set when the user stops a run: what fails after that is no result
-STOPPING = threading.Event()
 
 
 def run_cells(
     cells: list[Cell], results: Path, device: str = "auto", jobs: int = 1, say: Say = print
 ) -> list[tuple[Cell, str]]:
-    """Run all cells without a valid record; returns the failed ones with their errors.
+    """Run all cells without a valid record and its notebook; returns the failed ones with their errors.
 
     A failed run is recorded as failed and never stops the others. Safe to kill at any moment: records
     appear whole, and a fit goes on from its checkpoint.
     """
     device_now = pick_device(device)
     states = [state_of(cell, results, device) for cell in cells]
-    todo = [s for s in states if s.state != "done"]
+    # a run that was killed just after it had written its record left no notebook to read the number in
+    todo = [s for s in states if s.state != "done" or not path_of(s.cell, results).with_suffix(".ipynb").exists()]
     known = _known_seconds()
     todo.sort(key=lambda s: -_expected(s.cell, known))  # the longest first: none is left to run alone at the end
     say(f"{len(cells) - len(todo)} of {len(cells)} cells are recorded, {len(todo)} to run on {device_now}")
@@ -45,8 +44,8 @@ def run_cells(
     threads = max(1, (os.cpu_count() or 1) // jobs)
     failed: list[tuple[Cell, str]] = []
     with _terminable(), ThreadPoolExecutor(max_workers=jobs) as pool:
-        futures = {pool.submit(_run_cell, s, results, device_now, threads): s for s in todo}
         try:
+            futures = {pool.submit(_run_cell, s, results, device_now, threads): s for s in todo}
             for done, future in enumerate(as_completed(futures), 1):
                 state = futures[future]
                 seconds, error = future.result()
