@@ -82,11 +82,11 @@ def test_a_run_of_pieces_gives_its_records(tmp_path: Path) -> None:
     (tmp_path / "log").touch()
     results = tmp_path / "results"
     code, said, _ = full_run(
-        tmp_path, PYTHON=sys.executable, PROFILE="smoke", TABLES="tang2022", METHODS="ksvd dncnn", SEEDS="0", PIECE=40,
+        tmp_path, PYTHON=sys.executable, PROFILE="smoke", TABLES="zhang2024", METHODS="ksvd cwf", SEEDS="0", PIECE=40,
         LIMIT=300, SPECIMENS="channel", DEVICE="cpu", RESULTS=results,
     )  # fmt: skip
     assert code == 0, said
     assert "2 of 2 cells are done" in said
-    found = sorted((results / "tang2022" / "smoke").glob("*.json"))
-    assert [records.read_record(p)["method"] for p in found] == ["dncnn", "ksvd"]
+    found = sorted((results / "zhang2024" / "smoke").glob("*.json"))
+    assert [records.read_record(p)["method"] for p in found] == ["cwf", "ksvd"]
     assert (tmp_path / "out" / "smoke-weights.tgz.aa").exists()
