@@ -35,6 +35,9 @@ TEMPERATURE = 0.1
 class Vgg(nn.Module):
     """Images (n, 1, h, w) in [0, 1] -> features of VGG-19 (n, 256, h / 4, w / 4), fixed."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, layers: nn.Module) -> None:
         super().__init__()
         self.layers = layers.eval().requires_grad_(False)
