@@ -186,13 +186,12 @@ def test_needs_training_and_a_number_of_steps(fitted: sr3.Method) -> None:
 def test_the_unet_sees_the_sample_and_the_noisy_image_only_if_asked(post: sr3_post.Method) -> None:
     _, noisy = held_out()
     normalised = (noisy - noisy.mean()) / 0.3
-    assert torch.equal(post.seen(normalised)[:, 0], post.diffusion().denoise(normalised, 1.0))
-    assert post.seen(normalised).shape[1] == 1
-    asked = sr3_post.Method(replace(post.config, sees_noisy=True))
-    asked.state = post.state
-    assert torch.equal(asked.seen(normalised)[:, 0], normalised)
-    assert torch.equal(asked.seen(normalised)[:, 1], asked.diffusion().denoise(normalised, 1.0))
-    assert next(asked.network().parameters()).shape != next(post.network().parameters()).shape
+    sample = post.diffusion().denoise(normalised, 1.0)
+    for sees_noisy, expected in ((False, [sample]), (True, [normalised, sample])):
+        method = sr3_post.Method(replace(post.config, sees_noisy=sees_noisy))
+        method.state = post.state
+        assert torch.equal(method.seen(normalised), torch.stack(expected, dim=1))
+        assert method.network()(method.seen(normalised)).shape == (32, 1, 32, 32)
 
 
 def test_the_diffusion_model_is_that_of_sr3(fitted: sr3.Method, post: sr3_post.Method) -> None:
@@ -210,11 +209,22 @@ def test_its_training_samples_are_of_images_the_diffusion_model_never_saw() -> N
         return draw(step, *args)
 
     data.batch = noted  # type: ignore[method-assign]
-    method = sr3_post.Method(sr3_post.Method.config_for("smoke", steps=3, post_steps=2, outputs=70))
-    method.fit(data, QUIET)
+    config = sr3_post.Method.config_for("smoke", steps=3, post_steps=2, outputs=70)
+    sr3_post.Method(config).fit(data, QUIET)
     assert set(steps) == {0, 1, 2, 3, 4}, "three steps of training, then two parts of outputs"
-    noisy, samples, clean = method.outputs(data)
-    assert noisy.shape == samples.shape == clean.shape == (70, 32, 32)
+
+
+@pytest.mark.parametrize("sees_noisy", [False, True])
+def test_training_samples_are_those_of_the_noisy_images(post: sr3_post.Method, sees_noisy: bool) -> None:
+    method = sr3_post.Method(replace(post.config, sees_noisy=sees_noisy))
+    method.state = post.state
+    noisy, samples, clean = method.outputs(BlobData())
+    assert noisy.shape == samples.shape == clean.shape == (64, 32, 32)
+    assert math.isclose(float((noisy - clean).std()), 1, rel_tol=0.02)
+    assert float((samples - clean).square().mean()) < 0.5
+    assert all(torch.equal(a, b) for a, b in zip(method.outputs(BlobData()), (noisy, samples, clean), strict=True))
+    # with the noise that test images are given, a U-Net could know the samples' noise by heart
+    assert float((samples - method.diffusion().denoise(noisy, 1.0)).std()) > 0.01
 
 
 def test_a_fit_in_pieces_is_the_whole_fit(tmp_path: Path) -> None:

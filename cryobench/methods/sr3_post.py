@@ -44,22 +44,11 @@ class Config(sr3.Config):
     post_steps: int = 7500
     # training images whose samples are drawn, once
     outputs: int = 8000
-    # Whether the U-Net sees the noisy image beside the sample. The paper's text has it see the sample alone.
+    # Whether the U-Net sees the noisy image beside the sample. The paper's text has it see the sample alone, which
+    # knows less than the noisy image does; the profiles set it.
     sees_noisy: bool = False
     # The result is the mean over eight turns and mirrors of the U-Net's input.
     self_ensemble: bool = True
-
-
-class Network(nn.Module):
-    """g: the sample, the last of the channels (n, c, h, w), and what a U-Net adds to it -> (n, 1, h, w)."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        inputs = 2 if config.sees_noisy else 1
-        self.unet = UNet(inputs, 1, config.post_widths, config.blocks, config.patch, norm=config.norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, -1:] + self.unet(x)
 
 
 class Method(Learned):
@@ -72,14 +61,14 @@ class Method(Learned):
     Config = Config
     profiles: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
-            **sr3.Method.profiles["smoke"], "samples": 1,
+            **sr3.Method.profiles["smoke"], "samples": 1, "sees_noisy": True,
             "post_widths": (8, 16), "post_steps": 100, "outputs": 64,
         },
         "quick": {
-            **sr3.Method.profiles["quick"], "samples": 1, "sampling_steps": 5, "steps": 500,
-            "post_widths": (32, 64, 128), "post_steps": 300, "outputs": 1000,
+            **sr3.Method.profiles["quick"], "samples": 1, "sees_noisy": True, "steps": 250, "sampling_steps": 3,
+            "post_widths": (32, 64, 128), "post_steps": 600, "outputs": 2000,
         },
-        "full": {**sr3.Method.profiles["full"], "samples": 1},
+        "full": {**sr3.Method.profiles["full"], "samples": 1, "sees_noisy": True},
     }  # fmt: skip
 
     @property
@@ -90,8 +79,9 @@ class Method(Learned):
     def margin(self) -> int:
         return 4 * self.multiple
 
-    def network(self) -> Network:
-        return Network(self.config)
+    def network(self) -> nn.Module:
+        c = self.config
+        return UNet(2 if c.sees_noisy else 1, 1, c.post_widths, c.blocks, c.patch, norm=c.norm)
 
     def diffusion(self, seed: int | None = None) -> sr3.Method:
         """The diffusion model with what it learned so far; another seed gives other samples."""
@@ -118,7 +108,7 @@ class Method(Learned):
         by heart the samples would be too good.
         """
         n, at_once = self.config.outputs, 64
-        draw = super().batches(train)
+        draw = self.diffusion().batches(train)
         parts = [
             draw(self.config.steps + k // at_once, min(at_once, n - k), self.seed, self.device)
             for k in range(0, n, at_once)
