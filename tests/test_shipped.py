@@ -13,7 +13,7 @@ import pytest
 from test_report import HARD, noise, record, rows_of, write
 
 from cryobench import paths
-from cryobench.bench import records
+from cryobench.bench import book, records
 from cryobench.bench.book import _runs, build_book
 from cryobench.bench.experiment import Cell
 from cryobench.bench.notebooks import without_origin
@@ -151,7 +151,7 @@ def test_stripping_keeps_text_and_nothing_of_the_machine() -> None:
 def run_here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A method that learns nothing and one that is trained, in smoke; their records say that the code is committed."""
     results = tmp_path_factory.mktemp("here")
-    cells = [Cell("tang2022", "channel", m, "smoke") for m in ("shrink", "dncnn")]
+    cells = [Cell("zhang2024", "channel", m, "smoke") for m in ("shrink", "ksvd")]
     assert run_cells(cells, results, "cpu", say=lambda line: None) == []
     for cell in cells:
         made = records.read_record(path_of(cell, results))
@@ -162,7 +162,7 @@ def run_here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def changed(run_here: Path, folder: Path, **provenance: Any) -> Path:
     shutil.copytree(run_here, folder)
-    path = path_of(Cell("tang2022", "channel", "shrink", "smoke"), folder)
+    path = path_of(Cell("zhang2024", "channel", "shrink", "smoke"), folder)
     made = records.read_record(path)
     made["provenance"] |= provenance
     records.write_record(path, made)
@@ -174,7 +174,7 @@ def test_only_what_committed_code_makes_is_shipped(run_here: Path, tmp_path: Pat
     assert ship(run_here, tmp_path / "out", "smoke", said.append) == (2, 0)
     assert said == []
     copied = sorted(p.name for p in (tmp_path / "out").rglob("*") if p.is_file())
-    assert copied == [f"channel__{m}__s0.{end}" for m in ("dncnn", "shrink") for end in ("ipynb", "json")]
+    assert copied == [f"channel__{m}__s0.{end}" for m in ("ksvd", "shrink") for end in ("ipynb", "json")]
     for change, reason in (
         ({"dirty": True}, "uncommitted changes"),
         ({"commit": "unknown"}, "CRYOBENCH_COMMIT"),
@@ -199,29 +199,31 @@ def test_weights_are_shipped_with_what_they_learned_from(
     run_here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = ship_weights(run_here, tmp_path / "weights", "smoke")
-    assert [p.name for p in made] == ["dncnn-smoke.safetensors"]
+    assert [p.name for p in made] == ["ksvd-smoke.safetensors"]
     head = json.loads(made[0].with_suffix(".json").read_text())
-    assert (head["origin"]["specimen"], head["origin"]["size"], head["origin"]["snr"]) == ("channel", 32, 0.2)
+    assert (head["origin"]["specimen"], head["origin"]["size"], head["origin"]["snr"]) == ("channel", 32, 0.1)
     for end in ("json", "safetensors"):
-        made[0].with_suffix(f".{end}").rename(tmp_path / "weights" / f"dncnn-quick.{end}")
+        made[0].with_suffix(f".{end}").rename(tmp_path / "weights" / f"ksvd-quick.{end}")
     from cryobench.methods import apply
 
     monkeypatch.setattr(apply, "project_root", lambda: tmp_path)
     stack, out = tmp_path / "s.mrcs", tmp_path / "o.mrcs"
     assert main(["simulate", "channel", "-o", str(stack), "-n", "4", "--size", "32"]) == 0
-    assert main(["denoise", str(stack), "-m", "dncnn", "--weights", "shipped", "-o", str(out)]) == 0
-    assert "shipped weights dncnn-quick: taught on channel at 32 px" in capsys.readouterr().err
+    assert main(["denoise", str(stack), "-m", "ksvd", "--weights", "shipped", "-o", str(out)]) == 0
+    assert "shipped weights ksvd-quick: taught on channel at 32 px" in capsys.readouterr().err
     assert out.exists()
     assert main(["denoise", str(stack), "-m", "gaussian", "--weights", "shipped", "-o", str(out)]) == 1
-    assert "no weights of gaussian are shipped; there are: dncnn-quick" in capsys.readouterr().err
+    assert "no weights of gaussian are shipped; there are: ksvd-quick" in capsys.readouterr().err
 
 
-def test_book_shows_committed_runs_last_and_says_so(run_here: Path, tmp_path: Path, shipped: Path) -> None:
+def test_book_shows_committed_runs_last_and_says_so(
+    run_here: Path, tmp_path: Path, shipped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("jupyter_book")
     ship(run_here, tmp_path / "out", "smoke", lambda line: None)
-    table = shipped / "tang2022" / "quick"
+    table = shipped / "zhang2024" / "quick"
     table.mkdir(parents=True)
-    for path in (tmp_path / "out" / "tang2022" / "smoke").iterdir():
+    for path in (tmp_path / "out" / "zhang2024" / "smoke").iterdir():
         for name in (path.name, path.name.replace("channel", "transporter")):
             target = table / name
             shutil.copyfile(path, target)
@@ -229,15 +231,27 @@ def test_book_shows_committed_runs_last_and_says_so(run_here: Path, tmp_path: Pa
                 made = records.read_record(target)
                 made |= {"profile": "quick", "specimen": name.split("__")[0]}
                 records.write_record(target, made)
-    results = tmp_path / "results" / "tang2022" / "quick"
+    results = tmp_path / "results" / "zhang2024" / "quick"
     results.mkdir(parents=True)
     for path in table.glob("transporter__shrink*"):
         shutil.copyfile(path, results / path.name)
     found = _runs(tmp_path / "results", "quick")
     # a run made here before the committed one of the specimen that the chapter prefers; no run twice
     assert [str(p.relative_to(tmp_path)).split("/")[0] for p in found["shrink"]] == ["results", "shipped"]
-    assert [p.name.split("__")[0] for p in found["dncnn"]] == ["channel", "transporter"]
+    assert [p.name.split("__")[0] for p in found["ksvd"]] == ["channel", "transporter"]
     assert _runs(tmp_path / "results", "smoke") == {}
+    # the chapters of no method are not the matter here: a title is enough
+    title = {"cell_type": "markdown", "id": "a", "metadata": {}, "source": "# Title"}
+    stub = tmp_path / "stub.ipynb"
+    stub.write_text(json.dumps({"cells": [title], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    monkeypatch.setattr(book, "_execute_chapters", lambda *given: dict.fromkeys(book._chapters(), stub))
+    site = build_book("quick", tmp_path / "results", tmp_path / "book", lambda line: None).parent
+    note = "This run was not made on this machine: it is a committed one, of commit 012345678"
+    for page, expected in (("shrink", False), ("ksvd", True)):
+        text = (site / "methods" / f"{page}.html").read_text()
+        assert (note in text) is expected, page
+        assert (NOT_KEPT in text) is expected or page == "shrink", page
+    assert note in (site / "runs" / "zhang2024" / "channel__shrink__s0.html").read_text()
 
 
 def test_an_empty_book_is_refused(tmp_path: Path, shipped: Path) -> None:
