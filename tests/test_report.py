@@ -229,6 +229,24 @@ def test_the_default_table_fits_a_terminal_and_the_wide_one_has_all(tmp_path: Pa
     )
 
 
+def test_training_speed_is_shown_where_something_was_trained(tmp_path: Path) -> None:
+    plain = write(tmp_path / "plain", record("bm3d", HARD))
+    assert "MFU" not in table_text("zhang2024", "quick", plain, wide=True)
+    on_cpu = write(tmp_path / "cpu", record("dncnn", HARD, images_per_second=64.0, mfu=None))
+    text = table_text("zhang2024", "quick", on_cpu, wide=True)
+    assert "MFU" not in text
+    assert "training" in text
+    made = [record("dncnn", HARD, seed, images_per_second=1000.0 + seed, mfu=0.31 + 0.02 * seed) for seed in (0, 1)]
+    folder = write(tmp_path / "gpu", *made, record("bm3d", HARD))
+    wide = table_text("zhang2024", "quick", folder, wide=True)
+    assert "MFU" in wide
+    line = next(line for line in wide.splitlines() if line.startswith("dncnn"))
+    assert re.search(r" 1000 +32\.0% ", line)
+    assert "MFU" not in table_text("zhang2024", "quick", folder)
+    assert rows_of(folder)["dncnn"]["mfu"] == pytest.approx(0.32)
+    assert rows_of(folder)["bm3d"]["train_images_per_s"] is None
+
+
 def test_files_carry_numbers(tmp_path: Path) -> None:
     folder = full_table(tmp_path)
     listed = list(csv.DictReader(io.StringIO(table_text("zhang2024", "quick", folder, "csv"))))
