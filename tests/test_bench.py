@@ -68,6 +68,23 @@ def test_code_hash_follows_imports_and_ignores_comments(tmp_path, monkeypatch):
     assert after["pack_a.one"] == before["pack_a.one"]
 
 
+def test_code_hash_is_the_same_under_every_python(tmp_path):
+    """Records made with one version count with another. Versions differ in generics, formats and empty fields."""
+    path = tmp_path / "some.py"
+    path.write_text(
+        "class A:\n    x: int = 1\n\ndef f(a, /, *b, c=None, **d) -> str:\n"
+        "    return f'{a!r:<{c}} {b}' 'tail' if a else lambda: -1.5\n"
+    )
+    digest, imports = keys._read(path, "some")
+    assert digest == "0bd1070b1c50f3c3cc4ee458cc6da80cf8ccc96f2043b4335192f8de657edf72"
+    assert imports == ()
+    for change in (("'tail'", "''"), ("None", "0"), ("-1.5", "1.5")):
+        path.write_text(path.read_text().replace(*change))
+        keys._read.cache_clear()
+        assert keys._read(path, "some")[0] != digest
+        digest = keys._read(path, "some")[0]
+
+
 def test_a_method_hash_does_not_depend_on_other_methods():
     names = set(Experiment(Cell("zhang2024", "channel", "shrink", "smoke")).inputs()["code"])
     assert "cryobench.methods.shrink" in names

@@ -88,7 +88,19 @@ def _read(path: Path, name: str) -> tuple[str, tuple[str, ...]]:
             ast.get_docstring(node, clean=False) is not None
         ):
             node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports
+    return hashlib.sha256(_text(tree).encode()).hexdigest(), imports
+
+
+def _text(node: Any) -> str:
+    """A syntax tree as text that is the same under every version of Python; that of ast.dump is not."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_text, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    if isinstance(node, ast.JoinedStr):  # Python 3.12 adds empty strings to formats as of f"{x:<{n}}"
+        node.values = [v for v in node.values if not (isinstance(v, ast.Constant) and v.value == "")]
+    fields = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
+    return f"{type(node).__name__}({', '.join(f'{name}={_text(value)}' for name, value in fields)})"
 
 
 def _imports(tree: ast.AST) -> Iterator[str]:
