@@ -3,8 +3,9 @@
 #   PROFILE TABLES SEEDS METHODS SPECIMENS DEVICE JOBS   what to run (METHODS, SPECIMENS: empty for all)
 #   PIECE   seconds after which a piece is stopped; the next goes on where it was (540)
 #   LIMIT   seconds after which no piece is started or left running (3600); packing takes some seconds more
-#   RESULTS records (results); done ones are skipped    WORK  packages and cache, kept between calls (/tmp/cryobench-full)
-#   OUT     where the archives go (.): full-records.tgz.aa, full-weights.tgz.aa ... of at most 15 MB each
+#   WORK    packages, cache and records, kept between calls (/tmp/cryobench-full)
+#   RESULTS records ($WORK/results); what the repository holds of earlier runs is copied there and not run again
+#   OUT     where the archives go ($WORK/out): full-records.tgz.aa, full-weights.tgz.aa ... of at most 15 MB each
 #   WHEELHOUSE  from `make wheelhouse` (wheelhouse)     PYTHON  the one that has torch (python3)
 #   CRYOBENCH_COMMIT  $(git describe --always --abbrev=40 --dirty) of the code, where the copy here has no git
 # Exit code: 0 all done, 1 something failed, 3 not everything is done yet.
@@ -13,7 +14,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PROFILE=${PROFILE:-full} TABLES=${TABLES:-zhang2024 tang2022} SEEDS=${SEEDS:-0,1,2} METHODS=${METHODS:-} SPECIMENS=${SPECIMENS:-}
 DEVICE=${DEVICE:-cuda} JOBS=${JOBS:-1} PIECE=${PIECE:-540} LIMIT=${LIMIT:-3600}
-RESULTS=${RESULTS:-results} OUT=${OUT:-.} WORK=${WORK:-/tmp/cryobench-full}
+WORK=${WORK:-/tmp/cryobench-full}
+RESULTS=${RESULTS:-$WORK/results} OUT=${OUT:-$WORK/out}
 WHEELHOUSE=${WHEELHOUSE:-wheelhouse} PYTHON=${PYTHON:-python3}
 
 site=$WORK/site
@@ -24,6 +26,13 @@ if [ ! -e "$site/.ready" ]; then
 fi
 export PYTHONPATH=$PWD:$site${PYTHONPATH:+:$PYTHONPATH} CRYOBENCH_CACHE=$WORK/cache
 "$PYTHON" -m cryobench doctor || { echo "full_run: something is missing on this machine, see above" >&2; exit 1; }
+
+for table in $TABLES; do
+  mkdir -p "$RESULTS/$table/$PROFILE"
+  for file in results/{,shipped/}"$table/$PROFILE"/*; do
+    [ ! -f "$file" ] || [ -e "$RESULTS/$table/$PROFILE/${file##*/}" ] || cp "$file" "$RESULTS/$table/$PROFILE/"
+  done
+done
 
 left() { echo $((LIMIT - SECONDS)); }
 state=0
