@@ -74,6 +74,27 @@ def test_tiles_leave_no_seam() -> None:
     assert not torch.allclose(whole, seam, atol=1e-2)
 
 
+def test_margin_is_how_far_it_sees() -> None:
+    """From a block of pixels depth * shuffle to each side, by the gradient; one at a time in the paper's network."""
+    for shuffle, depth in ((4, 3), (1, 5)):
+        method = Method(Config(depth=depth, width=8, shuffle=shuffle))
+        size = 8 * depth * shuffle
+        x = torch.randn(1, 1, size, size, requires_grad=True)
+        block = slice(size // 2, size // 2 + shuffle)
+        method.network().eval()(x)[0, 0, block, block].sum().backward()
+        assert x.grad is not None
+        rows = x.grad[0, 0].abs().sum(1).nonzero().flatten()
+        assert (size // 2 - int(rows.min()), int(rows.max()) - size // 2 - shuffle + 1) == (method.margin,) * 2
+
+
+def test_what_is_turned_comes_out_turned(fitted: Method) -> None:
+    """The mean over turns and mirrors commutes with them, also where images are not square."""
+    images = torch.randn(2, 24, 36, generator=torch.Generator().manual_seed(0))
+    out = fitted.denoise(images, 1.0)
+    turned = fitted.denoise(torch.rot90(images, 1, (1, 2)).flip(2), 1.0)
+    assert torch.allclose(turned, torch.rot90(out, 1, (1, 2)).flip(2), atol=1e-5)
+
+
 def test_micrograph(fitted: Method) -> None:
     image = torch.randn(1, 1000, 701)
     assert fitted.denoise(image, 1.0).shape == image.shape

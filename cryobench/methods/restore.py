@@ -88,8 +88,10 @@ class Down(nn.Module):
         self.blocks = nn.Sequential(*(WideBlock(width, 3) for _ in range(blocks)))
         self.stride = conv(width, width, 3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.stride(self.blocks(x))) + F.max_pool2d(x, 2)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The maps at this size, for the decoder, and those of half the size."""
+        h = self.blocks(x)
+        return h, F.relu(self.stride(h)) + F.max_pool2d(x, 2)
 
 
 class Rise(nn.Module):
@@ -116,19 +118,20 @@ class Network(nn.Module):
         self.patch, width, pixels = config.patch, config.width, config.patch**2
         self.enter = conv(pixels, width, 3)
         self.down = nn.ModuleList(Down(width, config.blocks) for _ in range(config.levels))
-        # the smallest maps have no others of their size to be joined with
+        # at each size the decoder gets what the encoder had there; at the smallest, where it starts, there is no more
         self.rise = nn.ModuleList(Rise(width, config.up_blocks, joins=k > 0) for k in range(config.levels))
-        self.mix = conv(width, width, 1)
+        self.mix = conv(2 * width, width, 1)
         self.leave = conv(width, pixels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = [self.enter(F.pixel_unshuffle(x, self.patch))]
+        h, encoded = self.enter(F.pixel_unshuffle(x, self.patch)), []
         for level in self.down:
-            maps.append(level(maps[-1]))
-        h = maps.pop()
+            maps, h = level(h)
+            encoded.append(maps)
         for k, level in enumerate(self.rise):
-            h = level(h, maps.pop() if k else None)
-        return F.pixel_shuffle(self.leave(F.relu(self.mix(h))), self.patch).to(x.dtype)
+            h = level(h, encoded.pop() if k else None)
+        out = self.leave(F.relu(self.mix(torch.cat([h, encoded.pop()], dim=1))))
+        return F.pixel_shuffle(out, self.patch).to(x.dtype)
 
 
 class Method(Learned):
@@ -158,9 +161,8 @@ class Method(Learned):
             "blocks": 1,
             "up_blocks": 1,
             "patch": 4,
-            "steps": 950,
-            "batch_size": 16,
-            "learning_rate": 7e-3,
+            "steps": 1400,
+            "learning_rate": 6e-3,
             "warmup": 50,
             "ema": 0.99,
             "self_ensemble": True,
