@@ -138,7 +138,9 @@ class Denoiser:
             head = json.loads(stem.with_name(stem.name + ".json").read_text())
             tensors = load_file(stem.with_name(stem.name + ".safetensors"))
             name, seed = head["method"], head["seed"]
-            config = {k: tuple(v) if isinstance(v, list) else v for k, v in head["config"].items()}  # JSON has no tuples
+            config = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in head["config"].items()
+            }  # JSON has no tuples
             method = cls(cls.Config(**config) if name == cls.name else None, device, seed)
         except Exception as error:
             reason = " ".join(str(error).split())

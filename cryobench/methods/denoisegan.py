@@ -120,7 +120,9 @@ class Method(ResidualGAN):
     def critic_loss(self, game: nn.ModuleDict, noisy: Tensor, clean: Tensor) -> Tensor:
         with torch.no_grad():
             made = game["generator"](noisy)
-        return (_cross_entropy(game["critic"](clean, noisy), 1.0) + _cross_entropy(game["critic"](made, noisy), 0.0)) / 2
+        return (
+            _cross_entropy(game["critic"](clean, noisy), 1.0) + _cross_entropy(game["critic"](made, noisy), 0.0)
+        ) / 2
 
     def generator_loss(self, game: nn.ModuleDict, noisy: Tensor, clean: Tensor) -> Tensor:
         made = game["generator"](noisy)

@@ -76,9 +76,7 @@ class Generator(nn.Module):
             self.down.append(_strided(before, width))
             self.encode.append(_units(unit, width, count))
         for (width, before), count in zip(pairwise(widths), units, strict=False):
-            self.up.append(
-                nn.Sequential(nn.ConvTranspose2d(before, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width))
-            )
+            self.up.append(nn.Sequential(nn.ConvTranspose2d(before, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width)))
             self.decode.append(_units(unit, width, count))
         self.leave = nn.ConvTranspose2d(widths[0], 1, 4, 2, 1)
         small_weights(self)
