@@ -15,6 +15,8 @@ from cryobench.methods.registry import all_methods
 from cryobench.paths import project_root
 
 TABLES = ("zhang2024", "tang2022")
+# the first test waits for all notebooks
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")
