@@ -113,8 +113,10 @@ class Method(ResidualGAN):
             "units": (1, 2, 3),
             "critic_widths": (16, 32, 64),
             "critic_units": (1, 1, 1),
-            "steps": 600,
+            "steps": 700,
             "batch_size": 8,
+            # 600 steps at the paper's rate ended 0.2 dB lower than 500 at this one (channel)
+            "learning_rate": 3e-3,
             "warmup": 50,
             "ema": 0.99,
             "self_ensemble": True,
