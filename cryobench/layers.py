@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+#: what only holds other modules; its own name is no level of a network
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
-def _is_layer(module: nn.Module) -> bool:
-    return all(name == "parametrizations" for name, _ in module.named_children())
+
+def _shown(module: nn.Module, depth: int, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of each line: what is ``depth`` levels down, or has nothing below it."""
+    for name, child in module.named_children():
+        if name == "parametrizations":  # a normalised weight is no layer of its own
+            continue
+        below = any(n != "parametrizations" for n, _ in child.named_children())
+        container = isinstance(child, CONTAINERS)
+        if below and (container or depth > 1):
+            yield from _shown(child, depth if container else depth - 1, f"{prefix}{name}.")
+        else:
+            yield prefix + name, child
 
 
-def layer_table(network: nn.Module, *inputs: Tensor, depth: int = 3) -> str:
-    """One line a module, down to ``depth`` levels, in the order of computing: name, kind, shape of what comes out,
-    weights. inputs: what the network is called with. A last line has the sum and the multiplications per call."""
+def layer_table(network: nn.Module, *inputs: Tensor, depth: int = 1) -> str:
+    """One line a module, down to ``depth`` levels (lists of modules are none), in the order of computing: name, kind,
+    shape of what comes out, weights. inputs: what the network is called with. A last line has the sum and the multiplications per call."""
     from torch.utils.flop_counter import FlopCounterMode
 
     rows: list[tuple[str, str, str, int]] = []
@@ -26,14 +39,7 @@ def layer_table(network: nn.Module, *inputs: Tensor, depth: int = 3) -> str:
 
         return hook
 
-    chosen = [
-        (name, module)
-        for name, module in network.named_modules()
-        if name
-        and "parametrizations" not in name  # a normalised weight is no layer of its own
-        and (name.count(".") + 1 == depth or (name.count(".") + 1 < depth and _is_layer(module)))
-    ]
-    handles = [module.register_forward_hook(note(name)) for name, module in chosen]
+    handles = [module.register_forward_hook(note(name)) for name, module in _shown(network, depth)]
     counter = FlopCounterMode(display=False)
     was_training = network.training
     try:

@@ -92,7 +92,7 @@ def bars(
         error = np.array([[values[n] - intervals[n][0], intervals[n][1] - values[n]] for n in names]).T
     axis.bar(names, heights, yerr=error, capsize=3, color="#4878a8")
     axis.set_ylabel(ylabel)
-    axis.tick_params(axis="x", labelrotation=30)
+    axis.set_xticks(range(len(names)), labels=names, rotation=30, ha="right", rotation_mode="anchor")
     axis.grid(axis="y", alpha=0.25)
     return figure
 

@@ -9,6 +9,7 @@ from blobs import BlobData
 from cryobench.errors import CryobenchError, SupervisionError
 from cryobench.imaging.particles import Simulation, Simulator, stream_seed
 from cryobench.imaging.training_data import SUPERVISION, TrainingData
+from cryobench.imaging.turns import TURNS, turn
 from cryobench.methods.noise_level import corner_mask, estimate_sigma
 from cryobench.specimens.catalog import resolve
 
@@ -120,7 +121,7 @@ def test_stacks_alone_give_turned_and_mirrored_pairs():
     train = TrainingData("clean-pairs", clean + 1, clean, 1.0, 2.0)
     noisy, target = train.batch(0, 16, seed=0)
     assert torch.allclose(noisy, target + 1)
-    seen = torch.stack([target[0].rot90(k) for k in range(4)] + [target[0].flip(-1).rot90(k) for k in range(4)])
+    seen = torch.stack([turn(target[0], *t) for t in TURNS])
     assert min(float((seen[:, None] - clean).abs().amax((2, 3)).min()), 1) < 1e-6
 
 

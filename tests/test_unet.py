@@ -1,4 +1,4 @@
-"""The U-Net, the mean over turns, starting from CWF, and what pairs of exposures teach."""
+"""The U-Net, starting from CWF, and what pairs of exposures teach."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +9,13 @@ from blobs import BlobData
 
 from cryobench.errors import CryobenchError
 from cryobench.imaging.training_data import TrainingData
+from cryobench.layers import layer_table
 from cryobench.methods import noise2noise, unet
 from cryobench.methods.base import Budget
-from cryobench.methods.nets.tiling import apply_tiled, over_turns
+from cryobench.methods.learned import Learned
+from cryobench.methods.nets.tiling import apply_tiled
 from cryobench.methods.nets.unet import UNet
+from cryobench.methods.registry import get_method
 
 QUIET = Budget(progress=False)
 
@@ -55,18 +58,6 @@ def test_noise_level_changes_the_result() -> None:
     same, other = net(x, torch.tensor([0.3, 0.3])), net(x, torch.tensor([0.3, 0.8]))
     assert torch.equal(same[0], other[0])
     assert not torch.allclose(same[1], other[1])
-
-
-def test_mean_over_turns_commutes_with_turning() -> None:
-    """A convolution does not; its mean over turns does, also where sides differ. One that does stays as it is."""
-    torch.manual_seed(0)
-    net = torch.nn.Conv2d(1, 1, 3, padding=1)
-    x = torch.randn(2, 1, 9, 14)
-    turned = torch.rot90(x.flip(-1), 1, (-2, -1))
-    with torch.no_grad():
-        for apply, commutes in ((net, False), (over_turns(net), True)):
-            assert torch.allclose(apply(turned), torch.rot90(apply(x).flip(-1), 1, (-2, -1)), atol=1e-5) == commutes
-        assert torch.allclose(over_turns(torch.nn.AvgPool2d(3, 1, 1))(x), torch.nn.AvgPool2d(3, 1, 1)(x), atol=1e-6)
 
 
 def test_tiles_of_two_channels() -> None:
@@ -113,3 +104,13 @@ def test_noise_that_both_exposures_share_is_kept() -> None:
         method.fit(train, QUIET)
         slope = float((method.denoise(new, 1.0) * new).sum() / new.square().sum())
         assert slope == pytest.approx(rho, abs=0.08)
+
+
+@pytest.mark.parametrize("name", ["unet", "noise2noise", "dncnn", "restore", "denoisegan", "robustgan", "score", "gan"])
+def test_the_table_of_layers_leaves_nothing_out(name: str) -> None:
+    method = get_method(name)(get_method(name).config_for("smoke"))
+    assert isinstance(method, Learned)
+    network = method.network()
+    lines = layer_table(network, torch.zeros(1, 1, 32, 32)).splitlines()
+    listed = sum(int(line.split()[-1].replace(",", "")) for line in lines[1:-1])
+    assert listed == sum(w.numel() for w in network.parameters())

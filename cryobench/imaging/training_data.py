@@ -11,6 +11,7 @@ from torch import Tensor
 from cryobench.errors import CryobenchError, SupervisionError
 from cryobench.imaging.ctf import ContrastTransfer
 from cryobench.imaging.particles import Particles, Simulator, stream_seed
+from cryobench.imaging.turns import turn
 
 #: What a method may see, from nothing to the structure itself. Each level includes the ones before it.
 SUPERVISION = ("none", "sigma", "noisy", "noisy-pairs", "clean-pairs", "reference")
@@ -175,7 +176,6 @@ def augmented(stacks: Sequence[Tensor], n: int, seed: int) -> list[Tensor]:
     turned."""
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(len(stacks[0]), (n,), generator=generator)
-    turn, mirror = (int(k) for k in torch.randint(4, (2,), generator=generator))
+    quarters, mirror = (int(k) for k in torch.randint(4, (2,), generator=generator))
     images = torch.stack([s[index] for s in stacks])
-    images = images.flip(-1) if mirror % 2 else images
-    return list(torch.rot90(images, turn if images.shape[-1] == images.shape[-2] else 0, (-2, -1)))
+    return list(turn(images, quarters if images.shape[-1] == images.shape[-2] else 0, mirror % 2 == 1))

@@ -7,6 +7,7 @@ or that draws samples, replaces :meth:`Learned.fit` or :meth:`Learned.denoise` a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cryobench.errors import CryobenchError
+from cryobench.imaging.turns import over_turns
 from cryobench.methods.base import Budget, Denoiser
-from cryobench.methods.nets.tiling import apply_tiled, over_turns
+from cryobench.methods.nets.tiling import apply_tiled
 from cryobench.methods.training import Batch, seeded
 from cryobench.methods.training import train as run_training
 
@@ -42,7 +44,7 @@ class Learned(Denoiser):
 
     @property
     def self_ensemble(self) -> bool:
-        """Whether the result is the mean over the eight turns and mirrors of the input (see :func:`over_turns`)."""
+        """Whether the result is the mean over the eight turns and mirrors of the input (see ``over_turns``)."""
         return bool(getattr(self.config, "self_ensemble", False))
 
     def network(self) -> nn.Module:
@@ -106,5 +108,12 @@ class Learned(Denoiser):
         net, mean, unit = self.trained_network(), images.mean(), self.unit(images, sigma)
         if unit == 0:
             return images
-        apply = over_turns(net) if self.self_ensemble else net
-        return apply_tiled(apply, self.seen((images - mean) / unit), self.margin, self.multiple) * unit + mean
+        return self.apply(net, self.seen((images - mean) / unit)) * unit + mean
+
+    def apply(self, net: Callable[[Tensor], Tensor], seen: Tensor) -> Tensor:
+        """What ``net`` makes of images (n, c, h, w) of any size, in tiles and, if asked for, over turns: (n, h, w)."""
+
+        def tiled(x: Tensor) -> Tensor:
+            return apply_tiled(net, x, self.margin, self.multiple)
+
+        return over_turns(tiled)(seen) if self.self_ensemble else tiled(seen)

@@ -32,7 +32,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cryobench.methods.learned import Learned
-from cryobench.methods.nets.tiling import apply_tiled, over_turns
 from cryobench.methods.nets.unet import UNet
 from cryobench.methods.training import TrainConfig
 
@@ -144,8 +143,7 @@ class Method(Learned):
             return net(x, x.new_full((len(x),), tau))
 
         with torch.no_grad():
-            apply = over_turns(at_level) if self.config.self_ensemble else at_level
-            out = apply_tiled(apply, (z - mean) / unit, self.margin, self.multiple)
+            out = self.apply(at_level, self.seen((z - mean) / unit))
         return out * unit + mean
 
     def score(self, z: Tensor, sigma: float, tau: float = 0.0) -> Tensor:

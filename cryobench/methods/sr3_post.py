@@ -45,7 +45,7 @@ class Config(sr3.Config):
     # training images whose samples are drawn, once
     outputs: int = 8000
     # Whether the U-Net sees the noisy image beside the sample. The paper's text has it see the sample alone, which
-    # knows less than the noisy image does; the profiles set it.
+    # knows less than the noisy image does.
     sees_noisy: bool = False
     # The result is the mean over eight turns and mirrors of the U-Net's input.
     self_ensemble: bool = True
@@ -61,14 +61,14 @@ class Method(Learned):
     Config = Config
     profiles: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
-            **sr3.Method.profiles["smoke"], "samples": 1, "sees_noisy": True,
+            **sr3.Method.profiles["smoke"], "samples": 1,
             "post_widths": (8, 16), "post_steps": 100, "outputs": 64,
         },
         "quick": {
-            **sr3.Method.profiles["quick"], "samples": 1, "sees_noisy": True, "steps": 250, "sampling_steps": 3,
+            **sr3.Method.profiles["quick"], "samples": 1, "steps": 250, "sampling_steps": 3,
             "post_widths": (32, 64, 128), "post_steps": 600, "outputs": 2000,
         },
-        "full": {**sr3.Method.profiles["full"], "samples": 1, "sees_noisy": True},
+        "full": {**sr3.Method.profiles["full"], "samples": 1},
     }  # fmt: skip
 
     @property
