@@ -27,7 +27,10 @@ def _shown(module: nn.Module, depth: int, prefix: str = "") -> Iterator[tuple[st
 
 def layer_table(network: nn.Module, *inputs: Tensor, depth: int = 1) -> str:
     """One line a module, down to ``depth`` levels (lists of modules are none), in the order of computing: name, kind,
-    shape of what comes out, weights. inputs: what the network is called with. A last line has the sum and the multiplications per call."""
+    shape of what comes out, weights. inputs: what the network is called with.
+
+    A last line has the sum and the multiplications per call.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     rows: list[tuple[str, str, str, int]] = []
