@@ -199,7 +199,8 @@ def test_overfits_eight_images(name: str) -> None:
     """With the answers to be had, it learns eight images by heart: better on them than on eight others."""
     if METHODS[name].supervision != "clean-pairs" or not hasattr(METHODS[name].Config(), "steps"):
         pytest.skip("it has no answers to learn by heart")
-    method = new(name, steps=4 * new(name).config.steps)
+    lengths = {k: 4 * v for k, v in vars(new(name).config).items() if k in ("steps", "post_steps")}
+    method = new(name, **lengths)
     method.fit(tiny("clean-pairs"), QUIET)
     part = particles()
 
