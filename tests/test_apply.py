@@ -50,6 +50,15 @@ def failing(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return said[0]
 
 
+def test_what_learns_from_pairs_learns_from_views_of_the_reference(
+    stack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "o.mrcs"
+    found = denoised(stack, out, "-m", "score-target", "--reference", "transporter", "--seed", "1")
+    assert "simulated projections of transporter" in capsys.readouterr().err
+    assert found > psnr(stack, stack) + 5  # of one structure or the other: noise goes
+
+
 def test_the_limit_needs_the_right_structure_and_the_ctf(
     stack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

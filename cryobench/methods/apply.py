@@ -47,9 +47,9 @@ def prepare_method(
     weights: file to load, or "shipped" for those that come with cryobench. train_on: stacks to learn from, each with
     its clean images beside it (STACK_clean.mrcs) if the method's supervision asks for them. reference: the structure,
     for methods that know it; ctf: of ``images``. With neither weights nor train_on, a method that needs noisy images
-    only learns from ``images``; one that needs clean images learns from simulated projections of the built-in
-    ``channel`` at the SNR of ``images``; and ``channel`` is the reference where none is given. ``say`` announces what
-    is not the user's own.
+    only learns from ``images``; one that needs clean images or pairs learns from simulated projections, at the SNR of
+    ``images``, of the reference or the built-in ``channel``; and ``channel`` is the reference where none is given.
+    ``say`` announces what is not the user's own.
     Raises CryobenchError for unknown methods, for what the method cannot use, for images that are not finite, and for
     stacks of different sizes or without clean images.
     """
@@ -76,10 +76,10 @@ def prepare_method(
         train = _from_stacks(supervision, train_on, pixel_size)
     elif supervision in ("none", "sigma", "noisy"):
         train = TrainingData(supervision, images, None, sigma, pixel_size, ctf=ctf)
-    elif supervision == "reference":
+    elif supervision == "reference" and not method_class.trained:
         train = _from_structure(reference, images, sigma, pixel_size, ctf, device, say)
-    else:
-        train = _from_built_in(supervision, images, sigma, pixel_size, profile, device, seed, say)
+    else:  # it learns from pairs, and of these images there are none
+        train = _from_simulation(reference, supervision, images, sigma, pixel_size, profile, device, seed, say)
     method.fit(train, Budget(progress=True))
     return method
 
@@ -140,7 +140,8 @@ def _from_stacks(supervision: str, stacks: Sequence[str], pixel_size: float) -> 
     return TrainingData(supervision, images, torch.cat(clean) if clean else None, estimate_sigma(images), pixel_size)
 
 
-def _from_built_in(
+def _from_simulation(
+    structure: Structure | None,
     supervision: str,
     images: Tensor,
     sigma: float,
@@ -155,13 +156,14 @@ def _from_built_in(
         raise CryobenchError("the noise level is zero: nothing to learn; give --train-on or --weights")
     power = float(images.double().var()) - sigma**2
     snr = min(max(power / sigma**2, 0.01), 10.0)
-    structure = resolve("channel")
+    name = "the built-in 'channel'" if structure is None else structure.name
+    structure = structure or resolve("channel")
     # at the pixel size of the images where the structure fits the box
     pixel = max(pixel_size, structure.pixel_size(size))
     volume, _ = structure.density(size, pixel)
     simulator = Simulator(volume, Simulation(size, pixel, snr), device)
     say(
-        f"no --train-on and no --weights: training on simulated projections of the built-in 'channel' "
+        f"no --train-on and no --weights: training on simulated projections of {name} "
         f"({size} px at {pixel:.3g} A, SNR {snr:.3g} as in these images); what it draws may be of that structure"
     )
     return TrainingData.simulated(supervision, simulator.simulate(n, stream_seed(seed, "built-in")), simulator)

@@ -25,40 +25,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cryobench.methods.learned import Learned
 from cryobench.methods.nets.unet import UNet
-from cryobench.methods.training import TrainConfig
+from cryobench.methods.unet import OnUNet, Settings
 
 
 @dataclass(frozen=True)
-class Config(TrainConfig):
+class Config(Settings):
     """Everything here is ours. The network is that of ``noise2noise``, told the level, so that the two compare.
 
-    widths, blocks, patch, norm: see :class:`~cryobench.methods.nets.unet.UNet`. self_ensemble: the result is the mean
-    over eight turns and mirrors of the input. at_zero: part of the training images to which no noise is added: the
-    level at which images are denoised. For the others the logarithm of tau is uniform between those of ``lowest`` and
-    ``highest``, in units of the noise. Below 0.25 the total level would differ from that of tau = 0 by under 3 %; with
-    4 times the noise, of an SNR of 0.1 is left 0.006, where little more than the mean image can be known.
+    at_zero: part of the training images to which no noise is added: the level at which images are denoised. For the
+    others the logarithm of tau is uniform between those of ``lowest`` and ``highest``, in units of the noise. Below
+    0.25 the total level would differ from that of tau = 0 by under 3 %; with 4 times the noise, of an SNR of 0.1 is
+    left 0.006, where little more than the mean image can be known.
     """
 
-    widths: tuple[int, ...] = (64, 128, 256, 256)
-    blocks: int = 2
-    patch: int = 4
-    norm: bool = True
-    self_ensemble: bool = True
     at_zero: float = 0.75
     lowest: float = 0.25
     highest: float = 4.0
-    steps: int = 20_000
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    ema: float = 0.999
 
 
 class Network(nn.Module):
@@ -74,42 +62,13 @@ class Network(nn.Module):
         return self.unet(z * share[:, None, None, None], share)
 
 
-class Method(Learned):
+class Method(OnUNet):
     """A U-Net told the noise level, E[x | z] at all levels from that of the images upwards."""
 
     name = "score"
-    paper = "wu2026score"
+    paper = "wu2026"
     supervision = "noisy-pairs"
     Config = Config
-    profiles: ClassVar[dict[str, dict[str, Any]]] = {
-        "smoke": {
-            "widths": (8, 16),
-            "blocks": 1,
-            "patch": 2,
-            "steps": 120,
-            "batch_size": 8,
-            "learning_rate": 5e-3,
-            "warmup": 5,
-            "ema": 0.9,
-        },
-        "quick": {
-            "widths": (32, 64, 128),
-            "blocks": 1,
-            "steps": 2400,
-            "batch_size": 8,
-            "learning_rate": 2e-3,
-            "warmup": 50,
-            "ema": 0.99,
-        },
-    }
-
-    @property
-    def multiple(self) -> int:
-        return int(self.config.patch * 2 ** (len(self.config.widths) - 1))
-
-    @property
-    def margin(self) -> int:
-        return 4 * self.multiple
 
     def network(self) -> nn.Module:
         return Network(self.config)

@@ -69,7 +69,7 @@ class Method(score.Method):
     """The network of ``score``, guided by projections of a reference."""
 
     name = "score-target"
-    paper = "wu2026score"
+    paper = "wu2026"
     supervision = "reference"
     uses_ctf = True
     Config = Config

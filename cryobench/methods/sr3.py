@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from cryobench.imaging.particles import stream_seed
 from cryobench.methods.base import Budget
 from cryobench.methods.diffusion import fewer_levels, linear_schedule, noised, random_levels, walk
-from cryobench.methods.learned import Learned
 from cryobench.methods.nets.tiling import apply_tiled
 from cryobench.methods.nets.unet import UNet
 from cryobench.methods.training import TrainConfig, pick_precision
 from cryobench.methods.training import train as run_training
+from cryobench.methods.unet import OnUNet
 
 if TYPE_CHECKING:
     from cryobench.imaging.training_data import TrainingData
@@ -104,7 +104,7 @@ class Network(nn.Module):
         return (self.scale * noise * pair[:, :1] + level * pair[:, 1:]) / (known * (known + noise)).sqrt()
 
 
-class Method(Learned):
+class Method(OnUNet):
     """Samples of p(clean | noisy) by conditional diffusion, averaged."""
 
     name = "sr3"
@@ -128,14 +128,6 @@ class Method(Learned):
             "sampler": "ddim", "sampling_steps": 25, "samples": 8, "antithetic": True,
         },
     }  # fmt: skip
-
-    @property
-    def multiple(self) -> int:
-        return int(self.config.patch * 2 ** (len(self.config.widths) - 1))
-
-    @property
-    def margin(self) -> int:
-        return 4 * self.multiple
 
     def network(self) -> Network:
         return Network(self.config)

@@ -29,11 +29,11 @@ CWF = "cwf."  # before the names of the filter's tensors among those of the stat
 
 
 @dataclass(frozen=True)
-class Config(TrainConfig):
-    """Ours throughout.
+class Settings(TrainConfig):
+    """What the methods on this network share; ours throughout.
 
-    widths, blocks, patch, norm: see :class:`~cryobench.methods.nets.unet.UNet`. start: "noisy", or "cwf" (see above).
-    self_ensemble: the result is the mean over eight turns and mirrors of the input.
+    widths, blocks, patch, norm: see :class:`~cryobench.methods.nets.unet.UNet`. self_ensemble: the result is the mean
+    over eight turns and mirrors of the input.
     """
 
     widths: tuple[int, ...] = (64, 128, 256, 256)
@@ -41,12 +41,18 @@ class Config(TrainConfig):
     # At SNR 0.1 a pixel says next to nothing: 4 x 4 pixels at once are four times cheaper than 2 x 2
     patch: int = 4
     norm: bool = True
-    start: str = "noisy"
     self_ensemble: bool = True
     steps: int = 20_000
     batch_size: int = 32
     learning_rate: float = 1e-3
     ema: float = 0.999
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """Ours throughout. start: "noisy", or "cwf" (see above)."""
+
+    start: str = "noisy"
 
 
 class AddTo(nn.Module):
@@ -60,13 +66,9 @@ class AddTo(nn.Module):
         return x[:, 1:] + self.net(x)
 
 
-class Method(Learned):
-    """Regression on the clean image with a U-Net, in units of the noise."""
+class OnUNet(Learned):
+    """Base of methods whose network is the U-Net of these settings; not a method itself."""
 
-    name = "unet"
-    paper = "ronneberger2015"
-    supervision = "clean-pairs"
-    Config = Config
     profiles: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
             "widths": (8, 16),
@@ -88,8 +90,6 @@ class Method(Learned):
             "ema": 0.99,
         },
     }
-    #: the filter that the network starts from, with start="cwf"
-    _cwf: cwf.Method | None = None
 
     @property
     def multiple(self) -> int:
@@ -98,6 +98,17 @@ class Method(Learned):
     @property
     def margin(self) -> int:
         return 4 * self.multiple
+
+
+class Method(OnUNet):
+    """Regression on the clean image with a U-Net, in units of the noise."""
+
+    name = "unet"
+    paper = "ronneberger2015"
+    supervision = "clean-pairs"
+    Config = Config
+    #: the filter that the network starts from, with start="cwf"
+    _cwf: cwf.Method | None = None
 
     def network(self) -> nn.Module:
         c = self.config
