@@ -171,6 +171,20 @@ def test_cannot_learn_from_less_than_it_declares(name: str) -> None:
 
 
 @trained
+def test_learns_from_images_of_any_size(name: str) -> None:
+    """Odd and not square; ``cwf`` and the search for a reference's views need squares."""
+    supervision = METHODS[name].supervision
+    square = name == "cwf" or supervision == "reference"
+    clean = torch.nn.functional.pad(particles().clean[:8], (2, 1 if square else 7, 1, 2))
+    first, second = (clean + 0.3 * noise(*clean.shape, seed=k) for k in range(2))
+    reference = data("reference").reference if supervision == "reference" else None
+    steps = {"steps": 3} if hasattr(METHODS[name].Config(), "steps") else {}
+    method = new(name, **steps)
+    method.fit(TrainingData(supervision, first, clean, 0.3, 4.0, second=second, reference=reference), QUIET)
+    assert torch.isfinite(method.denoise(first, 0.3)).all()
+
+
+@trained
 def test_one_seed_one_result(name: str) -> None:
     again = new(name)
     torch.rand(7)  # the caller's own use of randomness changes nothing

@@ -9,7 +9,6 @@ import torch
 from blobs import BlobData
 from torch import nn
 
-from cryobench.errors import CryobenchError
 from cryobench.methods.base import Budget
 from cryobench.methods.denoisegan import Config, Critic, Method
 from cryobench.methods.nets.residual_gan import BottleneckUnit, Generator
@@ -131,8 +130,3 @@ def test_beats_the_noise_and_a_scaled_copy() -> None:
     shrink = float(((clean - clean.mean()) * (noisy - noisy.mean())).sum() / (noisy - noisy.mean()).square().sum())
     best_scaled = (noisy.mean() + shrink * (noisy - noisy.mean()) - clean).square().mean()
     assert error < 0.5 * best_scaled < 0.5 * data.sigma**2
-
-
-def test_refuses_sizes_it_cannot_halve() -> None:
-    with pytest.raises(CryobenchError, match="multiples of 4"):
-        Method(Method.config_for("smoke")).fit(BlobData(size=34), QUIET)

@@ -101,8 +101,6 @@ def test_micrograph(fitted: Method) -> None:
     assert fitted.denoise(image, 1.0).shape == image.shape
 
 
-def test_needs_training_and_fitting_sizes() -> None:
+def test_needs_training() -> None:
     with pytest.raises(CryobenchError, match="not been trained"):
         Method(Method.config_for("smoke")).denoise(torch.randn(1, 16, 16), 1.0)
-    with pytest.raises(CryobenchError, match="cannot be split"):
-        Method(Method.config_for("smoke")).fit(BlobData(size=33), QUIET)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from blobs import BlobData
 from torch import Tensor
 
+from cryobench.bench.experiment import Cell, Experiment
 from cryobench.errors import CryobenchError
 from cryobench.methods import sr3, sr3_post
 from cryobench.methods.base import Budget
@@ -245,3 +247,27 @@ def test_a_fit_in_pieces_is_the_whole_fit(tmp_path: Path) -> None:
     assert pieces.state.keys() == whole.state.keys()
     assert all(torch.equal(pieces.state[name], value) for name, value in whole.state.items())
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.slow
+def test_a_hundredth_of_the_steps_costs_less_than_a_tenth_of_a_decibel() -> None:
+    """The quick network: mean of four samples by ``ddim`` in 20 steps against the paper's 2,000 ancestral ones."""
+    run = Experiment(Cell("zhang2024", "channel", "sr3", "quick", 0), "cpu")
+    method = sr3.Method(run.config, seed=1)
+    method.fit(run.train, QUIET)
+    noisy, clean = run.test.noisy[:16], run.test.clean[:16]
+
+    def measured(**sampling: Any) -> tuple[float, float]:
+        """PSNR of the mean, as of images with range 1 (dB), and seconds."""
+        other = copy.copy(method)
+        other.config = replace(method.config, samples=4, **sampling)
+        started = time.monotonic()
+        error = (other.denoise(noisy, run.test.sigma) - clean).square().mean()
+        return -10 * float(error.log10()), time.monotonic() - started
+
+    many, slow = measured(sampler="ancestral", sampling_steps=2000)
+    for sampler in ("ddim", "dpm"):
+        few, fast = measured(sampler=sampler, sampling_steps=20)
+        print(f"{sampler}, 20 steps: {few:.2f} dB in {fast:.1f} s; ancestral, 2000: {many:.2f} dB in {slow:.0f} s")
+        assert slow > 20 * fast
+        assert few > many - 0.1

@@ -54,7 +54,7 @@ ABLATIONS: list[tuple[str, dict[str, Any], str]] = [
     ("constant learning rate", {"final_rate": 1.0}, "fresh"),
     ("without the average over weights", {"ema": 0.0}, "fresh"),
     ("without the mean over turns", {"self_ensemble": False}, "fresh"),
-    ("batches of 16, half the steps", {"batch_size": 16, "steps": 1200}, "fresh"),
+    ("batches of 16, half the steps", {"batch_size": 16, "steps": 1000}, "fresh"),
 ]
 
 

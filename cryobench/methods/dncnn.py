@@ -8,18 +8,13 @@ IEEE Trans. Image Process. 26 (2017) 3142. With y = x + v, the network R is trai
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cryobench.errors import CryobenchError
-from cryobench.methods.base import Budget
 from cryobench.methods.learned import Learned
 from cryobench.methods.training import TrainConfig
-
-if TYPE_CHECKING:
-    from cryobench.imaging.training_data import TrainingData
 
 
 @dataclass(frozen=True)
@@ -99,9 +94,10 @@ class Method(Learned):
         },
         "quick": {
             "residual": False,
-            "shuffle": 4,
-            "depth": 10,
-            "steps": 1350,
+            "shuffle": 8,
+            "depth": 7,
+            "width": 128,
+            "steps": 1900,
             "batch_size": 8,
             "learning_rate": 5e-3,
             "warmup": 50,
@@ -121,10 +117,3 @@ class Method(Learned):
 
     def network(self) -> nn.Module:
         return Network(self.config)
-
-    def fit(self, train: TrainingData, budget: Budget) -> None:
-        """Learn from pairs of a noisy and the clean image. Raises SupervisionError where none are allowed."""
-        height, width = train.noisy.shape[1:]
-        if height % self.config.shuffle or width % self.config.shuffle:
-            raise CryobenchError(f"dncnn: {height} x {width} px cannot be split by shuffle={self.config.shuffle}")
-        super().fit(train, budget)

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cryobench.methods.base import Budget
+from cryobench.methods.learned import cut
 from cryobench.methods.noise_spectrum import radial_noise_power
 from cryobench.methods.tang_gan import Adversaries, Parts, TangConfig, TangGan
 from cryobench.methods.training import Batch
@@ -67,13 +68,13 @@ def unpaired(batch: Batch) -> Batch:
     return parted
 
 
-def noise_filter(noisy: Tensor) -> Tensor:
-    """What turns white noise into noise like that of the images (n, h, w), of variance 1.
+def noise_filter(noisy: Tensor, shape: tuple[int, int]) -> Tensor:
+    """What turns white noise of shape = (h, w) into noise like that of the images (n, ...), of variance 1.
 
     (h, w // 2 + 1), in the layout of rfft2; estimated from the corners, which must be empty.
     """
+    frequency = torch.hypot(torch.fft.fftfreq(shape[0])[:, None], torch.fft.rfftfreq(shape[1])[None, :])
     height, width = noisy.shape[1:]
-    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None, :])
     # the estimate looks at squares: the largest in the middle of each image
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -127,7 +128,8 @@ class Method(TangGan):
         allowed."""
         config, batch = self.config, unpaired(self.batches(train))
         model = self.adversaries(train)
-        root = noise_filter(train.noisy).to(self.device)
+        height, width = cut([train.noisy[:1]], self.multiple, 0)[0].shape[1:]
+        root = noise_filter(train.noisy, (height, width)).to(self.device)
         parts = Parts(config.steps, ("split noise", "adversarial"))
 
         def discriminate(m: Adversaries, noisy: Tensor, other: Tensor) -> Tensor:

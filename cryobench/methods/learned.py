@@ -7,7 +7,7 @@ or that draws samples, replaces :meth:`Learned.fit` or :meth:`Learned.denoise` a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cryobench.errors import CryobenchError
+from cryobench.imaging.particles import stream_seed
 from cryobench.imaging.turns import over_turns
 from cryobench.methods.base import Budget, Denoiser
 from cryobench.methods.nets.tiling import apply_tiled
@@ -60,14 +61,18 @@ class Learned(Denoiser):
         return images[:, None]
 
     def batches(self, train: TrainingData) -> Batch:
-        """Normalised pairs (n, 1, h, w) of what the supervision allows, see :meth:`TrainingData.batch`."""
+        """Normalised pairs (n, 1, h, w) of what the supervision allows, see :meth:`TrainingData.batch` and :func:`cut`.
+
+        Raises SupervisionError where less is allowed, CryobenchError for images too small for the network or without
+        noise.
+        """
         train.require(self.supervision)  # with less the targets would be others, and this another method
         sigma = train.sigma
         if sigma <= 0:
             raise CryobenchError(f"{self.name}: the training images have no noise to learn from")
 
         def batch(step: int, batch_size: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-            source, target = train.batch(step, batch_size, seed, device)
+            source, target = cut(train.batch(step, batch_size, seed, device), self.multiple, stream_seed(seed, step))
             mean = source.mean()
             return self.seen((source - mean) / sigma), (target - mean)[:, None] / sigma
 
@@ -117,3 +122,19 @@ class Learned(Denoiser):
             return apply_tiled(net, x, self.margin, self.multiple)
 
         return over_turns(tiled)(seen) if self.self_ensemble else tiled(seen)
+
+
+def cut(stacks: Sequence[Tensor], multiple: int, seed: int) -> list[Tensor]:
+    """Images (..., h, w) of one size, or where its sides are no multiples the same window of all of them whose sides
+    are, as large as can be, at a random place. Raises CryobenchError where there is none."""
+    sides = stacks[0].shape[-2:]
+    height, width = (side - side % multiple for side in sides)
+    if not height or not width:
+        raise CryobenchError(
+            f"training images of {sides[0]} x {sides[1]} px are too small: the network sees {multiple} px as one"
+        )
+    if (height, width) == tuple(sides):
+        return list(stacks)
+    generator = torch.Generator().manual_seed(seed)
+    top, left = (int(torch.randint(side % multiple + 1, (), generator=generator)) for side in sides)
+    return [images[..., top : top + height, left : left + width] for images in stacks]

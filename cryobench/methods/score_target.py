@@ -39,6 +39,7 @@ from cryobench.imaging.particles import stream_seed
 from cryobench.imaging.training_data import Reference, TrainingData, augmented
 from cryobench.methods import score
 from cryobench.methods.base import Budget
+from cryobench.methods.learned import cut
 from cryobench.methods.reference_match import ReferenceMatch
 from cryobench.methods.training import Batch
 
@@ -107,11 +108,14 @@ class Method(score.Method):
                 mean = images.mean()
                 found = match.projections((images - mean) / sigma, train.ctf)
                 stacks.append((found - found.mean()) * sigma + mean)
-        self._mask = _disc(train.reference.volume, stacks[0].shape[1:]).to(self.device)
+        *stacks, mask = cut([*stacks, _disc(train.reference.volume, stacks[0].shape[1:])], self.multiple, self.seed)
+        self._mask = mask.to(self.device)
         half = len(stacks) // 2
 
         def batch(step: int, batch_size: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-            drawn = augmented(stacks, batch_size, stream_seed(seed, step, "choice"))
+            drawn = cut(
+                augmented(stacks, batch_size, stream_seed(seed, step, "choice")), self.multiple, stream_seed(seed, step)
+            )
             halves = [torch.stack(drawn[:half], 1), torch.stack(drawn[half:], 1)]
             swap = stream_seed(seed, step, "which is the input") % 2
             source, target = halves[swap][:, :1].to(device), halves[1 - swap].to(device)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cryobench.errors import CryobenchError
 from cryobench.methods.base import Budget
 from cryobench.methods.learned import Learned
 from cryobench.methods.nets.tang_gan import Discriminator, Generator
@@ -112,14 +111,8 @@ class TangGan(Learned):
     def adversaries(self, train: TrainingData) -> Adversaries:
         """Both networks with fresh weights, which depend on the seed alone.
 
-        Raises SupervisionError where no clean images are allowed, CryobenchError for sides that the generator cannot
-        halve.
+        Raises SupervisionError where no clean images are allowed.
         """
-        height, width = train.clean.shape[1:]
-        if height % self.multiple or width % self.multiple:
-            raise CryobenchError(
-                f"{self.name}: training images of {height} x {width} px; the sides must be multiples of {self.multiple}"
-            )
         mean, sigma = float(train.noisy.mean()), max(train.sigma, 1e-12)
         low, high = ((float(v) - mean) / sigma for v in train.clean.aminmax())
         with seeded(self.seed, self.device):

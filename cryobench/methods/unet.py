@@ -83,7 +83,7 @@ class OnUNet(Learned):
         "quick": {
             "widths": (32, 64, 128),
             "blocks": 1,
-            "steps": 2400,
+            "steps": 2000,
             "batch_size": 8,
             "learning_rate": 2e-3,
             "warmup": 50,
