@@ -10,8 +10,11 @@ channel, seed 0), scored on its test images. Rows of other code or data are fitt
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -117,32 +120,44 @@ def measure(row: dict[str, Any], run: Experiment) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def study() -> Iterator[dict[str, Any]]:
+    """What is measured so far, written back afterwards; two processes may take turns."""
+    FILE.parent.mkdir(parents=True, exist_ok=True)
+    with FILE.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kept = json.loads(FILE.read_text()) if FILE.exists() else {"rows": [], "seconds_per_step": {}}
+        yield kept
+        partial = FILE.with_suffix(".part")
+        partial.write_text(json.dumps(kept, indent=1) + "\n")
+        partial.replace(FILE)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", default="", help="rows whose part (curve, ablation, level) or name contains this")
     parser.add_argument("--calibrate", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    study = json.loads(FILE.read_text()) if FILE.exists() else {"rows": [], "seconds_per_step": {}}
     for row in rows():
-        if args.only not in row["name"]:
+        if args.only not in f"{row['part']} {row['name']}":
             continue
         run = experiment(row["method"], row["options"], 0.02 if args.calibrate else row["share"])
         if args.calibrate:
             if row["share"] == 1 and row["part"] != "level":
                 found = measure(row, run)
-                study["seconds_per_step"][row["name"]] = found["cpu_seconds"] / found["steps"]
-        else:
-            key = digest([row, run.inputs()])
-            if any(old["key"] == key for old in study["rows"]):
+                with study() as kept:
+                    kept["seconds_per_step"][row["name"]] = found["cpu_seconds"] / found["steps"]
+            continue
+        row = json.loads(json.dumps({**row, "key": digest([row, run.inputs()])}))
+        with study() as kept:
+            if any(old["key"] == row["key"] for old in kept["rows"]):
                 continue
-            study["rows"] = [old for old in study["rows"] if any(old[k] != row[k] for k in row)]
-            study["rows"].append({**json.loads(json.dumps(row)), "key": key, **measure(row, run)})
-            print(row["name"], row["share"], study["rows"][-1]["psnr"]["mean"], study["rows"][-1]["cpu_seconds"])
-        FILE.parent.mkdir(parents=True, exist_ok=True)
-        partial = FILE.with_suffix(".part")
-        partial.write_text(json.dumps(study, indent=1) + "\n")
-        partial.replace(FILE)
+        found = measure(row, run)
+        with study() as kept:
+            asked = set(row) - {"key"}
+            kept["rows"] = [old for old in kept["rows"] if any(old[k] != row[k] for k in asked)] + [row | found]
+        print(row["name"], row["share"], found["psnr"]["mean"], found["cpu_seconds"], flush=True)
 
 
 if __name__ == "__main__":
