@@ -124,7 +124,7 @@ def measure(row: dict[str, Any], run: Experiment) -> dict[str, Any]:
 def study() -> Iterator[dict[str, Any]]:
     """What is measured so far, written back afterwards; two processes may take turns."""
     FILE.parent.mkdir(parents=True, exist_ok=True)
-    with FILE.with_suffix(".lock").open("w") as lock:
+    with FILE.with_suffix(".lock.part").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         kept = json.loads(FILE.read_text()) if FILE.exists() else {"rows": [], "seconds_per_step": {}}
         yield kept
