@@ -38,11 +38,11 @@ LEVELS = ("bm3d", "cwf", "bayes")
 #: name, method, options, multiples of the quick budget, data ("fresh", "fixed" or "fixed views")
 CURVES: list[tuple[str, str, dict[str, Any], tuple[float, ...]]] = [
     ("unet", "unet", {}, (*SHARES, 4)),
-    ("unet from CWF", "unet", CWF, SHARES),
+    ("unet from CWF", "unet", CWF, SHARES[:-1]),
     ("noise2noise", "noise2noise", {}, SHARES),
     ("noise2noise from CWF", "noise2noise", CWF, (1 / 8, 1 / 2, 1)),
-    ("dncnn", "dncnn", {}, (1 / 4, 1, 2)),
-    ("restore", "restore", {}, (1 / 4, 1, 2)),
+    ("dncnn", "dncnn", {}, (1 / 4, 1)),
+    ("restore", "restore", {}, (1 / 4, 1)),
     ("score", "score", {}, (1 / 4, 1)),
 ]
 ABLATIONS: list[tuple[str, dict[str, Any], str]] = [

@@ -32,7 +32,7 @@ from cryobench.paths import project_root, shipped_dir
 #: chapters in reading order: (title of the part, notebooks of the folder notebooks/)
 PARTS = (
     ("Foundations", ("image-formation", "metrics", "statistics")),
-    ("Limits and honesty", ("limit", "invention")),
+    ("Limits and honesty", ("limit", "invention", "training")),
     ("Published tables", ("tables/zhang2024", "tables/tang2022", "audit")),
 )
 LONG = ("limit", "invention")  # chapters that take more than a minute

@@ -161,7 +161,7 @@ class Method(Learned):
             "blocks": 1,
             "up_blocks": 1,
             "patch": 4,
-            "steps": 1400,
+            "steps": 1600,
             "learning_rate": 6e-3,
             "warmup": 50,
             "ema": 0.99,
