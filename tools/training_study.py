@@ -1,7 +1,6 @@
 """The measurements behind the chapter "training": quality against steps, and what each choice is worth.
 
     python tools/training_study.py [--only WORD]     # fits what is not yet in results/shipped/training.json
-    python tools/training_study.py --calibrate       # seconds per step of each network, one thread, on a quiet machine
 
 Every row is a fit of a table's method with some options, on the images of ``zhang2024`` (profile quick, specimen
 channel, seed 0), scored on its test images. Rows of other code or data are fitted again.
@@ -38,22 +37,20 @@ LEVELS = ("bm3d", "cwf", "bayes")
 #: name, method, options, multiples of the quick budget, data ("fresh", "fixed" or "fixed views")
 CURVES: list[tuple[str, str, dict[str, Any], tuple[float, ...]]] = [
     ("unet", "unet", {}, (*SHARES, 4)),
-    ("unet from CWF", "unet", CWF, SHARES[:-1]),
+    ("unet from CWF", "unet", CWF, SHARES),
     ("noise2noise", "noise2noise", {}, SHARES),
     ("noise2noise from CWF", "noise2noise", CWF, (1 / 8, 1 / 2, 1)),
-    ("dncnn", "dncnn", {}, (1 / 4, 1)),
+    ("dncnn", "dncnn", {}, (1 / 4, 1, 2)),
     ("restore", "restore", {}, (1 / 4, 1)),
     ("score", "score", {}, (1 / 4, 1)),
 ]
 ABLATIONS: list[tuple[str, dict[str, Any], str]] = [
     ("2,000 images, the same views and noise in every epoch", {}, "fixed"),
     ("2,000 views with fresh noise", {}, "fixed views"),
-    ("patches of 2 px (4 times the places)", {"patch": 2}, "fresh"),
     ("patches of 8 px", {"patch": 8, "widths": (64, 128)}, "fresh"),
     ("half the channels", {"widths": (16, 32, 64)}, "fresh"),
     ("twice the channels", {"widths": (64, 128, 256)}, "fresh"),
     ("without group normalisation", {"norm": False}, "fresh"),
-    ("a third of the learning rate", {"learning_rate": 0.0007}, "fresh"),
     ("constant learning rate", {"final_rate": 1.0}, "fresh"),
     ("without the average over weights", {"ema": 0.0}, "fresh"),
     ("without the mean over turns", {"self_ensemble": False}, "fresh"),
@@ -126,7 +123,7 @@ def study() -> Iterator[dict[str, Any]]:
     FILE.parent.mkdir(parents=True, exist_ok=True)
     with FILE.with_suffix(".lock.part").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        kept = json.loads(FILE.read_text()) if FILE.exists() else {"rows": [], "seconds_per_step": {}}
+        kept = json.loads(FILE.read_text()) if FILE.exists() else {"rows": []}
         yield kept
         partial = FILE.with_suffix(".part")
         partial.write_text(json.dumps(kept, indent=1) + "\n")
@@ -136,19 +133,12 @@ def study() -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="rows whose part (curve, ablation, level) or name contains this")
-    parser.add_argument("--calibrate", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for row in rows():
         if args.only not in f"{row['part']} {row['name']}":
             continue
-        run = experiment(row["method"], row["options"], 0.02 if args.calibrate else row["share"])
-        if args.calibrate:
-            if row["share"] == 1 and row["part"] != "level":
-                found = measure(row, run)
-                with study() as kept:
-                    kept["seconds_per_step"][row["name"]] = found["cpu_seconds"] / found["steps"]
-            continue
+        run = experiment(row["method"], row["options"], row["share"])
         row = json.loads(json.dumps({**row, "key": digest([row, run.inputs()])}))
         with study() as kept:
             if any(old["key"] == row["key"] for old in kept["rows"]):
