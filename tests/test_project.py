@@ -50,10 +50,11 @@ def test_citation_and_package_have_one_version():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebooks_in_git_carry_no_outputs(path):
+def test_notebooks_in_git_carry_no_outputs_and_nothing_left_to_write(path):
     for cell in json.loads(path.read_text())["cells"]:
         assert not cell.get("outputs")
         assert not cell.get("execution_count")
+        assert not re.search(r"@@|TODO|FIXME|\bTEXT\b", "".join(cell["source"]))
 
 
 def test_no_file_is_long_and_lower_rooms_never_import_higher_ones():
