@@ -178,6 +178,7 @@ def test_what_does_not_fit_is_said_in_one_line(stack: Path, tmp_path: Path, caps
     assert "boxes" in failing(capsys, *bayes, "--reference", "channel", "--pixel-size", "60")
     assert "--reference" in failing(capsys, stack, "-m", "bm3d", "-o", out, "--reference", "channel")
     assert "--ctf" in failing(capsys, stack, "-m", "cwf", "-o", out, "--train-on", stack, "--ctf", right)
+    assert "exposures" in failing(capsys, stack, "-m", "restore", "-o", out, "--train-on", stack)
     data = bytearray(stack.read_bytes())
     data[2048:2052] = np.float32(np.nan).tobytes()
     (tmp_path / "nan.mrcs").write_bytes(data)

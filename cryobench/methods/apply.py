@@ -63,6 +63,8 @@ def prepare_method(
         raise CryobenchError("--weights hold the structure already: give them or --reference")
     if train_on and supervision == "reference":
         raise CryobenchError(f"{name} does not learn from stacks: give the structure with --reference")
+    if train_on and supervision == "noisy-pairs":
+        raise CryobenchError(f"{name} learns from pairs of exposures, which --train-on cannot give: use --weights")
     if train_on and ctf is not None and method_class.uses_ctf:
         raise CryobenchError(f"{name} needs the CTF of what it learns from, and --ctf is that of the input only")
     if ctf is not None and not method_class.uses_ctf:

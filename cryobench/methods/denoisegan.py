@@ -45,7 +45,7 @@ class Config(TrainConfig):
     beta1: float = 0.5
     # Code: constant rate and no average over weights. Ours: as all methods here.
     ema: float = 0.999
-    # Paper: off. The mean over turns and mirrors of the input, as in the other networks of this book.
+    # Paper: off. The mean over turns and mirrors of the input, as for dncnn, restore and the U-Nets but sr3.
     self_ensemble: bool = False
 
 
@@ -91,7 +91,7 @@ class Method(ResidualGAN):
             "self_ensemble": True,
         },
         # half as wide as the paper's, with fewer units and four levels, which end in 4 x 4 places: 64 px on one CPU
-        # core. The rate is higher, for a hundredth of the steps.
+        # core. The rate is higher, for a fiftieth of the steps.
         "quick": {
             "widths": (32, 64, 128, 256),
             "units": (1, 1, 2, 0),

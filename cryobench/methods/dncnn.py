@@ -19,7 +19,8 @@ from cryobench.methods.training import TrainConfig
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """The network is the reference code's for a known noise level; where the training differs, it says so."""
+    """The network is the reference code's for a known noise level; where the training differs, it says so. Ours
+    besides: gradients clipped."""
 
     depth: int = 17
     width: int = 64

@@ -20,6 +20,9 @@ Sigma is estimated from the corners of the noisy images. (Stein's unbiased risk 
 pairs, would need Sigma too: with sigma alone it holds for white noise.) Who knows Sigma could of course make pairs by
 adding noise to the clean images, and should: that is ``gan-perceptual``. This row shows what is lost, and what is
 invented, without.
+
+When denoising, G is given y itself, whose noise is weaker than that of y_1 by the factor 1 / sqrt(1 + alpha^2).
+Averaging G over several y_1 instead, as Pang et al. do, changed the error by under 2 % in a small run.
 """
 
 from __future__ import annotations

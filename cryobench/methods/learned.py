@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class Learned(Denoiser):
     """Base of methods that train a network; not a method itself.
 
-    ``multiple``: what the sides of an image must be a multiple of (others are padded). ``margin``: how far the network
-    sees, in pixels: larger images are computed in tiles that overlap by it.
+    ``multiple``: what the sides of an image must be a multiple of (others are padded). ``margin``: by how many
+    pixels the tiles overlap in which larger images are computed; what lies farther should hardly count.
     """
 
     trained = True

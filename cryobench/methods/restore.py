@@ -21,7 +21,8 @@ from cryobench.methods.training import TrainConfig
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """The network is the authors'; where the training differs, it says so."""
+    """The network is the authors'; where the training differs, it says so. Ours besides: gradients clipped, an average
+    over weights, either exposure as the input, turns and mirrors."""
 
     width: int = 32
     levels: int = 3

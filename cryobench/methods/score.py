@@ -1,8 +1,9 @@
 """Score-based denoising, learned from pairs of noisy images. The formulation is OURS.
 
-Wu et al., "score-based denoising with target guidance" (arXiv 2604.17734): of this paper only the abstract is public to
-us. It says that a network learns the score of the clean data and that this is combined with Noise2Noise. What follows
-is our reading of it, in units of the noise's standard deviation sn = 1, from
+Wu et al., "Score-based matching with target guidance for cryo-EM denoising" (arXiv 2604.17734): of this paper only the
+abstract is public to us. It says that a network learns the score of the clean data; that this is combined with
+Noise2Noise, a summary of the paper says. What follows is our reading of both, in units of the noise's standard
+deviation sn = 1, from
 
 * Vincent, "A connection between score matching and denoising autoencoders", Neural Comput. 23 (2011) 1661;
 * Miyasawa (1961), "An empirical Bayes estimator of the mean of a normal population", also named after Tweedie:
@@ -13,8 +14,8 @@ Given y1 = x + n1 and y2 = x + n2, draw z = y1 + tau u with u white, of variance
 
     lambda(tau) |D(z, tau) - y2|^2.
 
-n2 is independent of z, so that the minimum is D* = E[x | z]. Where n1 is Gaussian, so is the noise in z, of variance
-t^2 = sn^2 + tau^2, and (D* - z) / t^2 is the score of the images at level t. Levels below sn are out of reach: no z has
+n2 is independent of z, so that the minimum is D* = E[x | z]. Where n1 is white and Gaussian, so is the noise in z, of
+variance t^2 = sn^2 + tau^2, and (D* - z) / t^2 is the score of the images at level t. Levels below sn are out of reach: no z has
 less noise than y1. Denoising is one step of Tweedie's formula at the lowest level, y + sn^2 grad log p(y) = D(y, 0).
 
 lambda = 1: the target's noise, variance 1, is by far the largest part of the loss at every level, so that all levels
@@ -40,7 +41,7 @@ class Config(Settings):
 
     at_zero: part of the training images to which no noise is added: the level at which images are denoised. For the
     others the logarithm of tau is uniform between those of ``lowest`` and ``highest``, in units of the noise. Below
-    0.25 the total level would differ from that of tau = 0 by under 3 %; with 4 times the noise, of an SNR of 0.1 is
+    0.25 the total level would differ from that of tau = 0 by about 3 %; with 4 times the noise, of an SNR of 0.1 is
     left 0.006, where little more than the mean image can be known.
     """
 

@@ -50,7 +50,7 @@ class Config(TrainConfig):
     last_beta: float = 1e-2
     # The next three keep eq. 3 but for its weights, and make short training work; the profiles set them.
     # skip: f = sqrt(1 - gamma) y_t + sqrt(gamma) F with F the U-Net. At high noise eps is then known without learning,
-    # and what is left to learn is y_0 (Salimans & Ho, arXiv 2202.00512, call F's target -v).
+    # and what is left to learn is -y_0 (Salimans & Ho, arXiv 2202.00512, call F's target v).
     skip: bool = False
     # combine: a third input, the mean of the two noisy images weighted by what each knows of y_0.
     combine: bool = False

@@ -44,8 +44,8 @@ class Config(sr3.Config):
     post_steps: int = 7500
     # training images whose samples are drawn, once
     outputs: int = 8000
-    # Whether the U-Net sees the noisy image beside the sample. The paper's text has it see the sample alone, which
-    # knows less than the noisy image does.
+    # Whether the U-Net sees the noisy image beside the sample. The paper does not say; it calls the U-Net
+    # post-processing, which we read as: the sample alone, which knows less than the noisy image does.
     sees_noisy: bool = False
     # The result is the mean over eight turns and mirrors of the U-Net's input.
     self_ensemble: bool = True
@@ -105,7 +105,7 @@ class Method(Learned):
         """Noisy images, one sample of each, clean images: normalised, (n, h, w), on the CPU, the same at every call.
 
         The images are those of batches after the ones that the diffusion model learned from: of images that it knows
-        by heart the samples would be too good.
+        by heart the samples would be too good (of a stack without simulator they are the same images again).
         """
         n, at_once = self.config.outputs, 64
         draw = self.diffusion().batches(train)

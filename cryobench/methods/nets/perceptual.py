@@ -25,7 +25,7 @@ from cryobench.methods.base import Budget
 from cryobench.methods.training import Batch, TrainConfig, seeded
 from cryobench.methods.training import train as run_training
 
-#: layers of torchvision's VGG-19 up to the activation after conv3_4, where a feature sees 40 pixels
+#: layers of torchvision's VGG-19 up to the activation after conv3_4, where a feature sees 48 pixels
 VGG_LAYERS = 18
 #: mean and standard deviation of the photographs that VGG-19 was trained on
 VGG_MEAN, VGG_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

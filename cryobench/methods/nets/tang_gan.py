@@ -62,7 +62,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images (n, inputs, h, w) -> logits (n, 1, h', w'), one for each patch of the image that a logit sees.
 
-    Five 4 x 4 convolutions, three of them strided; batch normalisation in the three between the first and the last,
+    Three strided 4 x 4 convolutions and two of 3 x 3; batch normalisation in the three between the first and the last,
     LeakyReLU after all but the last.
     """
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """x + conv(silu(conv(silu(x)))), with a bias from the noise level between the two if there is one.
+    """x + conv(silu(gn(conv(silu(gn(x)))))), gn the group normalisation if asked for, with a bias from the noise level
+    between the two convolutions if there is one.
 
-    The last convolution starts at zero, so that a new block changes nothing.
+    The last kernel starts at zero, so that a new block passes its input on.
     """
 
     def __init__(self, inputs: int, width: int, embedding: int, norm: bool) -> None:
