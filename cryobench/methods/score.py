@@ -15,8 +15,9 @@ Given y1 = x + n1 and y2 = x + n2, draw z = y1 + tau u with u white, of variance
     lambda(tau) |D(z, tau) - y2|^2.
 
 n2 is independent of z, so that the minimum is D* = E[x | z]. Where n1 is white and Gaussian, so is the noise in z, of
-variance t^2 = sn^2 + tau^2, and (D* - z) / t^2 is the score of the images at level t. Levels below sn are out of reach: no z has
-less noise than y1. Denoising is one step of Tweedie's formula at the lowest level, y + sn^2 grad log p(y) = D(y, 0).
+variance t^2 = sn^2 + tau^2, and (D* - z) / t^2 is the score of the images at level t. Levels below sn are out of
+reach: no z has less noise than y1. Denoising is one step of Tweedie's formula at the lowest level, y + sn^2 grad log
+p(y) = D(y, 0).
 
 lambda = 1: the target's noise, variance 1, is by far the largest part of the loss at every level, so that all levels
 give gradients equally noisy and are to be weighted alike.
