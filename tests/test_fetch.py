@@ -494,7 +494,7 @@ def test_disk_full_for_real(server: Server, tmp_path: Path, waits: list[float]) 
 def test_interrupted_and_killed_leave_only_the_part(server: Server, tmp_path: Path, waits: list[float]) -> None:
     part = tmp_path / f"{NAME}.part"
     for number in (signal.SIGINT, signal.SIGKILL):
-        server.replies["a"] = [honest(gap=0.1)]
+        server.replies["a"] = [honest(gap=1.0)]
         before = part.stat().st_size if part.exists() else 0
         process = elsewhere(server, tmp_path)
         deadline = time.monotonic() + 20
