@@ -1,7 +1,8 @@
 """Noise of a wanted strength: white, coloured, Poisson; and the contrast that varies between particles.
 
 SNR is var(clean) / var(noise), both over all pixels of the stack, after the CTF. Random numbers are drawn on
-the CPU, so that a seed gives the same noise on every device; images keep the device they are on.
+the generator's device, by default the CPU, where a seed gives the same noise whatever the images' device; images
+keep theirs.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def noise_sigma(clean: Tensor, snr: float) -> float:
 
 
 def white_noise(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
-    """Independent Gaussian noise of variance 1, float32, on the CPU."""
-    return torch.randn(shape, generator=generator)
+    """Independent Gaussian noise of variance 1, float32, on the generator's device."""
+    return torch.randn(shape, generator=generator, device=generator.device if generator is not None else "cpu")
 
 
 def ice_spectrum(height: int, width: int, exponent: float = 2.0, knee: float = 0.05, floor: float = 0.2) -> Tensor:
@@ -57,7 +58,7 @@ def ice_spectrum(height: int, width: int, exponent: float = 2.0, knee: float = 0
 def coloured_noise(
     shape: tuple[int, int, int], spectrum: Tensor | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Stationary Gaussian noise (n, h, w), float32, on the CPU, of a given power spectrum.
+    """Stationary Gaussian noise (n, h, w), float32, on the generator's device, of a given power spectrum.
 
     spectrum: (h, w // 2 + 1), not negative, in the layout of rfft2; by default :func:`ice_spectrum`. A
     pixel's expected variance is the spectrum's mean over all h * w frequencies: 1 for ``ice_spectrum``.
@@ -84,7 +85,7 @@ def poisson_noise(clean: Tensor, snr: float, generator: torch.Generator | None =
     """
     variance = noise_sigma(clean, 1.0) ** 2
     sigma = noise_sigma(clean, snr)
-    centred = clean.cpu().double()
+    centred = clean.to(generator.device if generator is not None else "cpu").double()
     centred = centred - centred.mean()
     dose = max(dose, snr * float(centred.min()) ** 2 / variance)
     gain = math.sqrt(dose) / sigma
@@ -94,19 +95,19 @@ def poisson_noise(clean: Tensor, snr: float, generator: torch.Generator | None =
 
 
 def add_noise(
-    clean: Tensor, snr: float, kind: str = "white", generator: torch.Generator | None = None
+    clean: Tensor, snr: float, kind: str = "white", generator: torch.Generator | None = None, sigma: float | None = None
 ) -> tuple[Tensor, float]:
     """Noisy images (n, h, w), not clipped, and the standard deviation of their noise, in the images' units.
 
-    kind: one of :data:`KINDS`. The SNR holds in expectation: sigma = sqrt(var(clean) / snr).
+    kind: one of :data:`KINDS`. The SNR holds in expectation: sigma = sqrt(var(clean) / snr), unless sigma is given.
     """
-    sigma = noise_sigma(clean, snr)
+    sigma = noise_sigma(clean, snr) if sigma is None else sigma
     if kind == "white":
         noise = sigma * white_noise(tuple(clean.shape), generator).to(clean.device)
     elif kind == "coloured":
         noise = sigma * coloured_noise((len(clean), *clean.shape[1:]), generator=generator).to(clean.device)
     elif kind == "poisson":
-        noise = poisson_noise(clean, snr, generator)
+        noise = poisson_noise(clean, noise_sigma(clean, 1.0) ** 2 / sigma**2, generator)
     else:
         raise CryobenchError(f"unknown noise {kind!r}: use {', '.join(KINDS)}")
     return clean + noise, sigma

@@ -121,7 +121,7 @@ class Simulator:
         drawn = random_defocus(n, generator, *sim.defocus, sim.astigmatism) if sim.ctf else None
         defocus = None if drawn is None else torch.stack(drawn, dim=1)
         images = self.projector.project(
-            rotations.to(self.device), shifts.to(self.device) if sim.shift else None, self._filters(defocus)
+            rotations, shifts.to(self.device) if sim.shift else None, self._filters(defocus)
         )
         if sim.contrast:
             images = vary_contrast(images, sim.contrast, generator)
@@ -150,10 +150,12 @@ class Simulator:
             clean.cpu(), noisy.cpu(), rotations, shifts, defocus, sigma, 1 / (high - low), -low / (high - low)
         )
 
-    def noisy(self, clean: Tensor, seed: int, sigma: float | None = None) -> tuple[Tensor, float]:
-        """Another exposure of clean images; sigma fixes the noise level instead of the stack's own SNR."""
-        sim = self.simulation
-        generator = torch.Generator().manual_seed(seed)
-        snr = sim.snr if sigma is None else float(clean.double().var(correction=0)) / sigma**2
-        noisy, sigma_used = add_noise(clean, snr, sim.noise, generator)
-        return noisy, float(sigma_used)
+    def noisy(
+        self, clean: Tensor, seed: int, sigma: float | None = None, device: str | torch.device = "cpu"
+    ) -> tuple[Tensor, float]:
+        """Another exposure of clean images; sigma fixes the noise level instead of the stack's own SNR.
+
+        device: where the noise is drawn; a seed gives other noise on another kind of device.
+        """
+        generator = torch.Generator(device).manual_seed(seed)
+        return add_noise(clean, self.simulation.snr, self.simulation.noise, generator, sigma)

@@ -155,7 +155,8 @@ class TrainingData:
         if self._simulator is not None:
             images, *_ = self._simulator.draw(batch_size, stream_seed(seed, step, "fresh poses"))
             target = images * self._affine[0] + self._affine[1]
-            noisy, _ = self._simulator.noisy(target, stream_seed(seed, step, "fresh noise"), self._sigma)
+            on = self._simulator.device  # hundreds of thousands of images: drawn where they are needed
+            noisy, _ = self._simulator.noisy(target, stream_seed(seed, step, "fresh noise"), self._sigma, on)
             return noisy.to(device), target.to(device)
         noisy, target = augmented((self.noisy, self.clean), batch_size, stream_seed(seed, step, "choice"))
         return noisy.to(device), target.to(device)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cryobench.methods.nets.residual_gan import BottleneckUnit, Generator, ResidualGAN, critic_trunk, small_weights
+from cryobench.methods.nets.residual_gan import BottleneckUnit, ResidualGAN, critic_trunk, small_weights
 from cryobench.methods.training import TrainConfig
 
 
@@ -45,7 +45,7 @@ class Config(TrainConfig):
     beta1: float = 0.5
     # Code: constant rate and no average over weights. Ours: as all methods here.
     ema: float = 0.999
-    # Paper: off. The mean over turns and mirrors of the input, as for dncnn, restore and the U-Nets but sr3.
+    # Paper: off. The mean over turns and mirrors of the input, as for all networks of the tables.
     self_ensemble: bool = False
 
 
@@ -75,6 +75,8 @@ class Method(ResidualGAN):
     paper = "su2018gan"
     supervision = "clean-pairs"
     Config = Config
+    residual_unit = BottleneckUnit
+    critic_places = 7
     profiles: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
             "widths": (16, 32),
@@ -106,9 +108,6 @@ class Method(ResidualGAN):
         },
         "full": {"self_ensemble": True},
     }
-
-    def network(self) -> nn.Module:
-        return Generator(self.config.widths, self.config.units, BottleneckUnit)
 
     def critic(self) -> nn.Module:
         return Critic(self.config)

@@ -111,6 +111,7 @@ class Method(TangGan):
             "learning_rate": 5e-3,
             "warmup": 5,
             "ema": 0.9,
+            "self_ensemble": True,
         },
         # The rate of pix2pix is for hundreds of thousands of steps; in hundreds it learns little.
         "quick": {
@@ -123,7 +124,9 @@ class Method(TangGan):
             "learning_rate": 2e-3,
             "warmup": 30,
             "ema": 0.98,
+            "self_ensemble": True,
         },
+        "full": {"self_ensemble": True},
     }
 
     def fit(self, train: TrainingData, budget: Budget) -> None:

@@ -68,6 +68,7 @@ class Method(TangGan):
             "learning_rate": 5e-3,
             "warmup": 5,
             "ema": 0.9,
+            "self_ensemble": True,
         },
         # The rate of pix2pix is for hundreds of thousands of steps; in hundreds it learns little. A discriminator as
         # fast as the generator cost 0.7 dB in a development run (tang2022, channel, width 16, 1000 steps).
@@ -83,7 +84,9 @@ class Method(TangGan):
             "learning_rate": 2e-3,
             "warmup": 30,
             "ema": 0.98,
+            "self_ensemble": True,
         },
+        "full": {"self_ensemble": True},
     }
 
     def fit(self, train: TrainingData, budget: Budget) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from cryobench.errors import CryobenchError
 from cryobench.imaging.particles import stream_seed
-from cryobench.methods.nets.residual_gan import Generator, PlainUnit, ResidualGAN, critic_trunk, small_weights
+from cryobench.methods.nets.residual_gan import PlainUnit, ResidualGAN, critic_trunk, small_weights
 from cryobench.methods.training import Batch, TrainConfig
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Config(TrainConfig):
     beta1: float = 0.5
     # Code: constant rate and no average over weights. Ours: as all methods here.
     ema: float = 0.999
-    # Paper: off. The mean over turns and mirrors of the input, as for dncnn, restore and the U-Nets but sr3.
+    # Paper: off. The mean over turns and mirrors of the input, as for all networks of the tables.
     self_ensemble: bool = False
     #: share of the training images whose "targets", "inputs" or "both" (the paper's types 1, 2, 3) are replaced by
     #: uniform noise: the paper's test of robustness
@@ -95,6 +95,8 @@ class Method(ResidualGAN):
     paper = "gu2020betagan"
     supervision = "clean-pairs"
     Config = Config
+    residual_unit = PlainUnit
+    critic_places = 4
     profiles: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
             "widths": (16, 32),
@@ -123,9 +125,6 @@ class Method(ResidualGAN):
         },
         "full": {"self_ensemble": True},
     }
-
-    def network(self) -> nn.Module:
-        return Generator(self.config.widths, self.config.units, PlainUnit)
 
     def critic(self) -> nn.Module:
         return Critic(self.config)

@@ -90,7 +90,7 @@ class Method(score.Method):
             self.state["volume"] = _in_noise_units(train).to(self.device)
 
     def batches(self, train: TrainingData) -> Batch:
-        """Normalised pairs: one exposure, and the other, in a second channel with the projection nearest to it.
+        """Normalised pairs: one exposure, and the other, in more channels the projection nearest to it and the mask.
 
         Drawn, turned and mirrored as :meth:`TrainingData.pair_batch` does.
         """
@@ -108,32 +108,33 @@ class Method(score.Method):
                 mean = images.mean()
                 found = match.projections((images - mean) / sigma, train.ctf)
                 stacks.append((found - found.mean()) * sigma + mean)
-        *stacks, mask = cut([*stacks, _disc(train.reference.volume, stacks[0].shape[1:])], self.multiple, self.seed)
-        self._mask = mask.to(self.device)
-        half = len(stacks) // 2
+        half, mask = len(stacks) // 2, _disc(train.reference.volume, stacks[0].shape[1:])
+        stacks.append(mask.expand_as(stacks[0]))
 
         def batch(step: int, batch_size: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
             drawn = cut(
                 augmented(stacks, batch_size, stream_seed(seed, step, "choice")), self.multiple, stream_seed(seed, step)
             )
-            halves = [torch.stack(drawn[:half], 1), torch.stack(drawn[half:], 1)]
+            *images, masks = drawn
+            halves = [torch.stack(images[:half], 1), torch.stack(images[half:], 1)]
             swap = stream_seed(seed, step, "which is the input") % 2
             source, target = halves[swap][:, :1].to(device), halves[1 - swap].to(device)
             mean = source.mean()
-            return (source - mean) / sigma, (target - mean) / sigma
+            target = torch.cat([(target - mean) / sigma, masks[:, None].to(device)], 1)
+            return (source - mean) / sigma, target
 
         return batch
 
     def loss(self, net: nn.Module, source: Tensor, target: Tensor) -> Tensor:
         config = self.config
         if config.guidance == "mixture":
-            return super().loss(net, source, target)
+            return super().loss(net, source, target[:, :1])
         z, tau = self.renoised(source)
-        restored, (noisy, nearest) = net(z, tau), (target[:, :1], target[:, 1:])
+        restored, (noisy, nearest, mask) = net(z, tau), target.split(1, dim=1)
         if config.guidance == "convex":
             return F.mse_loss(restored, (1 - config.weight) * noisy + config.weight * nearest)
         pull = config.weight * tau**2 / (1 + tau**2)
-        guided = ((restored - nearest).square() * self._mask).mean((1, 2, 3))
+        guided = ((restored - nearest).square() * mask).mean((1, 2, 3))
         return F.mse_loss(restored, noisy) + (pull * guided).mean()
 
     def denoise(self, images: Tensor, sigma: float | None = None, ctf: ContrastTransfer | None = None) -> Tensor:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cryobench.imaging.particles import stream_seed
+from cryobench.imaging.turns import TURNS, turn, turn_back
 from cryobench.methods.base import Budget
 from cryobench.methods.diffusion import fewer_levels, linear_schedule, noised, random_levels, walk
 from cryobench.methods.nets.tiling import apply_tiled
@@ -43,7 +44,8 @@ class Config(TrainConfig):
     widths: tuple[int, ...] = (64, 128, 256, 512)
     blocks: int = 2
     patch: int = 4
-    norm: bool = True
+    # There: group normalisation. Ours: none, as in ``unet``.
+    norm: bool = False
     # T, and beta_t, which rises linearly with t
     diffusion_steps: int = 2000
     first_beta: float = 1e-6
@@ -160,12 +162,15 @@ class Method(OnUNet):
     @torch.no_grad()
     def path(self, images: Tensor, sigma: float, sample: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """One sample of each of the images (n, h, w) as it comes to be: after every step y_t and the clean image
-        guessed on the way, both (n, h, w) in the images' units. Another number ``sample`` gives another one.
+        guessed on the way, both (n, h, w) in the images' units. Another number ``sample`` gives another one, drawn for
+        the images turned and mirrored in another way: the mean then does for free what ``over_turns`` does.
 
         Raises CryobenchError before fit or load.
         """
-        images = images.to(self.device)
-        config, mean, unit = self.config, images.mean(), self.unit(images, sigma)
+        config = self.config
+        turned = TURNS[(sample // 2 if config.antithetic else sample) % len(TURNS)]
+        images = turn(images.to(self.device), *turned)
+        mean, unit = images.mean(), self.unit(images, sigma)
         net: Any = self.trained_network()
         height, width = images.shape[1:]
         x = F.pad(
@@ -182,14 +187,14 @@ class Method(OnUNet):
             return out[:, None]
 
         generator = torch.Generator(self.device)
-        turned = config.antithetic and config.sampler != "ancestral" and sample % 2
-        generator.manual_seed(stream_seed(self.seed, "sample", sample - 1 if turned else sample))
+        negative = config.antithetic and config.sampler != "ancestral" and sample % 2
+        generator.manual_seed(stream_seed(self.seed, "sample", sample - 1 if negative else sample))
         start = torch.randn(x.shape, generator=generator, device=self.device)
         levels = fewer_levels(self.schedule(), config.sampling_steps)
         limits = float(net.low), float(net.high)
-        for pair in walk(predict, -start if turned else start, levels, config.sampler, limits, generator):
+        for pair in walk(predict, -start if negative else start, levels, config.sampler, limits, generator):
             y, guess = (v[:, 0, :height, :width] * (unit * net.scale) + mean for v in pair)
-            yield y, guess
+            yield turn_back(y, *turned), turn_back(guess, *turned)
 
     def draw(self, images: Tensor, sigma: float, samples: int) -> Tensor:
         """Samples 0, 1, ... of each of the images (n, h, w): (samples, n, h, w), on the CPU."""

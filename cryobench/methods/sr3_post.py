@@ -23,7 +23,7 @@ from cryobench.imaging.training_data import augmented
 from cryobench.methods import sr3
 from cryobench.methods.base import Budget
 from cryobench.methods.learned import Learned
-from cryobench.methods.nets.unet import UNet
+from cryobench.methods.nets.unet import UNet, reach
 from cryobench.methods.training import train as run_training
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Method(Learned):
 
     @property
     def margin(self) -> int:
-        return 4 * self.multiple
+        return reach(len(self.config.post_widths), self.config.blocks, self.config.patch)
 
     def network(self) -> nn.Module:
         c = self.config

@@ -40,6 +40,8 @@ class TangConfig(TrainConfig):
     beta1: float = 0.5
     # pix2pix: no average over weights.
     ema: float = 0.999
+    # The mean over turns and mirrors of the input, as for all networks of the tables (the paper: off).
+    self_ensemble: bool = False
 
 
 class Adversaries(nn.Module):
@@ -104,6 +106,12 @@ class TangGan(Learned):
     @property
     def multiple(self) -> int:
         return int(4 * self.config.patch)
+
+    @property
+    def margin(self) -> int:
+        """At most so far: kernels of 7 see 3 patches, those of the residual blocks one place of 4 patches each; a step
+        between two levels, one place of the coarser one up, one of the finer one down."""
+        return int(self.config.patch * (16 + 8 * self.config.blocks) - 1)
 
     def network(self) -> Generator:
         return Generator(self.config.width, self.config.blocks, self.config.patch)

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cryobench.errors import CryobenchError
 from cryobench.methods import flops
@@ -133,7 +134,8 @@ class _Fit:
         self.parameters = [[w for w in p.module.parameters() if w.requires_grad] for p in self.players]
         betas = (config.beta1, config.beta2)
         self.optimisers = [
-            torch.optim.AdamW(w, config.learning_rate, betas, weight_decay=config.weight_decay) for w in self.parameters
+            torch.optim.AdamW(w, config.learning_rate, betas, weight_decay=config.weight_decay, fused=True)
+            for w in self.parameters
         ]
         self.average = copy.deepcopy(model.state_dict()) if config.ema else {}
         self.losses = torch.zeros(config.steps, len(self.players), device=device)
@@ -244,10 +246,12 @@ class _Fit:
 
     def _average(self) -> None:
         """Moving average of weights and of batch statistics, shorter at the start, when the weights are still poor."""
+        if not self.average:
+            return
         decay = min(self.config.ema, (1 + self.at["step"]) / (10 + self.at["step"]))
-        for mean, value in zip(self.average.values(), self.model.state_dict().values(), strict=False):
-            if mean.is_floating_point():
-                mean.lerp_(value, 1 - decay)
+        pairs = zip(self.average.values(), self.model.state_dict().values(), strict=False)
+        means, values = map(list, zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True))
+        get_ema_multi_avg_fn(decay)(means, values, 0)  # all tensors at once: on a GPU one launch, not hundreds
 
     def _roll_back(self, good: dict[str, Any]) -> None:
         failed = self.at["step"]

@@ -19,7 +19,7 @@ from cryobench.errors import CryobenchError
 from cryobench.methods import cwf
 from cryobench.methods.base import Budget
 from cryobench.methods.learned import Learned
-from cryobench.methods.nets.unet import UNet
+from cryobench.methods.nets.unet import UNet, reach
 from cryobench.methods.training import TrainConfig
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ class Settings(TrainConfig):
     blocks: int = 2
     # At SNR 0.1 a pixel says next to nothing: 4 x 4 pixels at once are four times cheaper than 2 x 2
     patch: int = 4
-    norm: bool = True
+    # Off: a normalised image depends on how much of it is empty, so that a particle in a wide field comes out otherwise
+    # than in a box of its own (chapter "unet")
+    norm: bool = False
     self_ensemble: bool = True
     steps: int = 20_000
     batch_size: int = 32
@@ -97,7 +99,7 @@ class OnUNet(Learned):
 
     @property
     def margin(self) -> int:
-        return 4 * self.multiple
+        return reach(len(self.config.widths), self.config.blocks, self.config.patch)
 
 
 class Method(OnUNet):

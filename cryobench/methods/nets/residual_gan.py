@@ -8,12 +8,13 @@ were scaled to [-1, 1], but ours are in units of the noise, without bounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from cryobench.errors import CryobenchError
 from cryobench.methods.base import Budget
 from cryobench.methods.learned import Learned
 from cryobench.methods.training import Player, seeded
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 class PlainUnit(nn.Module):
     """relu(x + BN(conv 3 x 3)), (n, width, h, w) -> the same shape (Gu et al.)."""
 
+    reach = 1  # how many places away it sees
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
@@ -37,6 +40,8 @@ class PlainUnit(nn.Module):
 
 class BottleneckUnit(nn.Module):
     """elu(x + ...) with kernels of 1, 4 and 1 px, the inner two on a quarter of the channels (Su et al.)."""
+
+    reach = 2
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -53,7 +58,7 @@ class BottleneckUnit(nn.Module):
 
 
 #: makes a residual unit of a width; its ``activation`` is that of the whole network
-Unit = Callable[[int], PlainUnit | BottleneckUnit]
+Unit = type[PlainUnit] | type[BottleneckUnit]
 
 
 def _units(unit: Unit, width: int, count: int) -> nn.Sequential:
@@ -114,9 +119,13 @@ def _strided(before: int, width: int) -> nn.Sequential:
 class ResidualGAN(Learned):
     """Base of the two methods: :meth:`network` is the generator, the only part that is kept.
 
-    The configuration has ``widths`` of the generator, ``critic_widths``, and ``adversarial``, the weight of the
-    critic's opinion in the generator's loss; with 0 there is no critic at all.
+    The configuration has ``widths`` and ``units`` of the generator, ``critic_widths``, and ``adversarial``, the weight
+    of the critic's opinion in the generator's loss; with 0 there is no critic at all.
     """
+
+    residual_unit: Unit
+    #: sides of what the critic's last layers need, in places of its coarsest level
+    critic_places: int
 
     @property
     def multiple(self) -> int:
@@ -124,7 +133,15 @@ class ResidualGAN(Learned):
 
     @property
     def margin(self) -> int:
-        return max(80, 4 * self.multiple)
+        """At most so far: a unit sees ``reach`` places of 2, 4, 8 ... pixels, on the way down and, but for the
+        coarsest, on the way up; a step between two levels, one place of the coarser or two of the finer."""
+        units = list(self.config.units)[: len(self.config.widths)]
+        places = [2 ** (k + 1) for k in range(len(units))]
+        seen = sum(count * place for count, place in zip(units, places, strict=True))
+        return self.residual_unit.reach * (2 * seen - units[-1] * places[-1]) + 2 * sum(places)
+
+    def network(self) -> nn.Module:
+        return Generator(self.config.widths, self.config.units, self.residual_unit)
 
     def critic(self) -> nn.Module:
         """The critic with fresh weights."""
@@ -141,8 +158,12 @@ class ResidualGAN(Learned):
         raise NotImplementedError
 
     def fit(self, train: TrainingData, budget: Budget) -> None:
-        """Learn from pairs of a noisy and the clean image. Raises SupervisionError where none are allowed."""
+        """Learn from pairs of a noisy and the clean image. Raises SupervisionError where none are allowed, and
+        CryobenchError for images that are too small for the critic."""
         batch, game = self.batches(train), self.fresh_game()
+        least = self.critic_places * 2 ** len(self.config.critic_widths)
+        if self.config.adversarial and min(batch(0, 1, self.seed, self.device)[0].shape[-2:]) < least:
+            raise CryobenchError(f"{self.name}: its critic needs training images of at least {least} px")
         players = [Player(game["generator"], self.generator_loss)]
         if self.config.adversarial:
             rate, every = self.turns()

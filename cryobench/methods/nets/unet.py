@@ -25,7 +25,7 @@ class Block(nn.Module):
     def __init__(self, inputs: int, width: int, embedding: int, norm: bool) -> None:
         super().__init__()
         self.norms = nn.ModuleList(
-            nn.GroupNorm(min(8, channels), channels) if norm else nn.Identity() for channels in (inputs, width)
+            nn.GroupNorm(math.gcd(8, channels), channels) if norm else nn.Identity() for channels in (inputs, width)
         )
         self.first = nn.Conv2d(inputs, width, 3, padding=1)
         self.second = nn.Conv2d(width, width, 3, padding=1)
@@ -99,6 +99,16 @@ class UNet(nn.Module):
         for k in reversed(range(len(self.up))):
             h = _through(self.up[k], torch.cat([F.pixel_shuffle(self.grow[k](h), 2), kept[k]], dim=1), embedded)
         return F.pixel_shuffle(self.leave(F.silu(h)), self.patch).to(x.dtype)
+
+
+def reach(levels: int, blocks: int, patch: int) -> int:
+    """How many pixels away a pixel of the result can depend on, at most.
+
+    Two 3 x 3 kernels a block see one place each, of 1, 2, 4 ... patches; the first and the last kernel one patch each;
+    and where the finest grid meets the coarsest, a whole place of that counts.
+    """
+    down, up = 2**levels - 1, 2 ** (levels - 1) - 1
+    return patch * (2 + 2 * blocks * (down + up) + 2 ** (levels - 1)) - 1
 
 
 def _through(blocks: nn.Module, h: Tensor, level: Tensor | None) -> Tensor:
