@@ -13,6 +13,7 @@ from cryobench.errors import CryobenchError, SupervisionError
 from cryobench.imaging.particles import Particles, Simulation, Simulator
 from cryobench.imaging.training_data import SUPERVISION, TrainingData
 from cryobench.methods.base import Budget, Denoiser
+from cryobench.methods.learned import Learned
 from cryobench.methods.registry import all_methods
 
 METHODS = all_methods()
@@ -182,6 +183,27 @@ def test_learns_from_images_of_any_size(name: str) -> None:
     method = new(name, **steps)
     method.fit(TrainingData(supervision, first, clean, 0.3, 4.0, second=second, reference=reference), QUIET)
     assert torch.isfinite(method.denoise(first, 0.3)).all()
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if issubclass(m, Learned) and n != "sr3"])
+def test_sees_no_farther_than_its_margin(name: str) -> None:
+    """What lies beyond, an empty field or another particle, changes nothing. (sr3 has the U-Net of the others.)"""
+    method = new(name)
+    assert isinstance(method, Learned)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = method.network().eval()
+        for weight in net.parameters():
+            torch.nn.init.normal_(weight, 0.0, 0.3)  # some start at zero, and would hide what they see
+        block = method.multiple
+        side = block * (2 * (method.margin // block) + 5)
+        images = torch.randn(4, 1, side, side, requires_grad=True)
+    made, farthest = net(images), 0
+    for place in range(side // 2, side // 2 + block):  # strides make neighbours see differently far
+        (gradient,) = torch.autograd.grad(made[:, 0, place, place].sum(), images, retain_graph=True)
+        seen = gradient.abs().sum((0, 1)).nonzero() - place
+        farthest = max(farthest, int(seen.abs().max()))
+    assert farthest <= method.margin < 1.5 * farthest + block
 
 
 @trained

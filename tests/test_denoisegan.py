@@ -9,9 +9,12 @@ import torch
 from blobs import BlobData
 from torch import nn
 
+from cryobench.errors import CryobenchError
+from cryobench.imaging.training_data import TrainingData
+from cryobench.methods import robustgan
 from cryobench.methods.base import Budget
 from cryobench.methods.denoisegan import Config, Critic, Method
-from cryobench.methods.nets.residual_gan import BottleneckUnit, Generator
+from cryobench.methods.nets.residual_gan import BottleneckUnit, Generator, ResidualGAN
 
 QUIET = Budget(progress=False)
 
@@ -57,6 +60,20 @@ def test_the_codes_networks() -> None:
 def test_default_ends_in_the_same_four_places() -> None:
     config = Config()
     assert 128 // 2 ** len(config.widths) == 256 // 2**6 == 4
+
+
+@pytest.mark.parametrize(("method", "least"), [(Method, 7), (robustgan.Method, 4)])
+def test_the_critic_needs_so_many_pixels(method: type[ResidualGAN], least: int) -> None:
+    """Its smoke critic halves the image twice; what is left of one row less it cannot judge."""
+    made = method(method.config_for("smoke", steps=1, batch_size=2))
+    for size, enough in ((4 * least, True), (4 * least - 4, False)):
+        images = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0))
+        data = TrainingData("clean-pairs", images, images / 2, 1.0, 4.0)
+        if enough:
+            made.fit(data, QUIET)
+        else:
+            with pytest.raises(CryobenchError, match=f"at least {4 * least} px"):
+                made.fit(data, QUIET)
 
 
 def test_output_has_no_bounds() -> None:

@@ -109,10 +109,9 @@ def test_the_bias_of_the_minimum_is_as_predicted(guidance: str, tau: float, shar
     generator = torch.Generator().manual_seed(0)
     x = math.sqrt(v) * torch.randn(n, generator=generator)
     first, second = (x + torch.randn(n, generator=generator) for _ in range(2))
-    target = torch.stack([second, p * second.sign()], 1)[:, :, None, None]
+    target = torch.stack([second, p * second.sign(), torch.ones(n)], 1)[:, :, None, None]
     levels = {"at_zero": 1.0} if tau == 0 else {"at_zero": 0.0, "lowest": tau, "highest": tau}
     method = Method(Method.config_for("smoke", guidance=guidance, weight=w, **levels))
-    method._mask = torch.ones(1, 1)
     t2 = 1 + tau**2
     spread = math.sqrt(v + t2)
     net = Steps(torch.linspace(-2, 2, 21) * spread)
@@ -203,11 +202,27 @@ def test_batches_turn_the_projection_with_its_particle(gate: TrainingData) -> No
     for step in range(4):
         source, target = batch(step, 32, 0, torch.device("cpu"))
         assert source.shape == (32, 1, SIZE, SIZE)
-        noisy, nearest = target.unbind(1)
+        noisy, nearest, mask = target.unbind(1)
+        assert set(mask.unique().tolist()) == {0.0, 1.0}
         # nearer to both halves than the other half is, whose noise has variance 1
         for half in (source[:, 0], noisy):
             assert float((half - nearest).square().mean()) == pytest.approx(1, abs=0.15)
         assert float((source[:, 0] - noisy).square().mean()) == pytest.approx(2, abs=0.15)
+
+
+def test_the_mask_stays_on_the_particle() -> None:
+    """Boxes whose sides the network cannot halve are cut at random places, after they were turned."""
+    simulator, particles = simulated(1.0, 64)
+    wide = [
+        torch.nn.functional.pad(stack - particles.offset, (3, 3, 3, 3)) for stack in (particles.noisy, particles.clean)
+    ]
+    reference = TrainingData.simulated("reference", particles, simulator).reference
+    data = TrainingData("reference", wide[0], None, particles.sigma, 4.0, second=wide[1], reference=reference)
+    batch = Method(Method.config_for("smoke")).batches(data)
+    for step in range(8):
+        _, nearest, mask = batch(step, 8, 0, torch.device("cpu"))[1].unbind(1)
+        assert mask.shape[1:] == (36, 36)
+        assert nearest[mask == 0].std() < 0.05 * nearest.std()
 
 
 def test_what_it_refuses(gate: TrainingData) -> None:

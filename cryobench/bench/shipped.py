@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cryobench.bench import records
 from cryobench.bench.experiment import Cell, Experiment
@@ -14,6 +15,7 @@ from cryobench.bench.notebooks import parameters_of, without_origin
 from cryobench.bench.plan import notebook_of, state_of
 from cryobench.bench.tables import table_names
 from cryobench.errors import BadFileError, CryobenchError
+from cryobench.methods.learned import Learned
 from cryobench.methods.registry import all_methods
 from cryobench.paths import project_root
 from cryobench.specimens.catalog import available
@@ -80,7 +82,10 @@ def ship_weights(results: Path, target: Path, profile: str) -> list[Path]:
     """Copy what trained methods learned to TARGET/METHOD-PROFILE.safetensors and .json; returns the new files.
 
     Of each method the run that its notebook's own parameters name, seed 0, where the cache still has its fit.
+    Those of networks are kept in half precision.
     """
+    from safetensors.torch import load_file, save_file
+
     made = []
     for _, record in _finished(results, profile):
         method = all_methods().get(record["method"])
@@ -93,7 +98,10 @@ def ship_weights(results: Path, target: Path, profile: str) -> list[Path]:
             continue
         target.mkdir(parents=True, exist_ok=True)
         path = target / f"{cell.method}-{profile}.safetensors"
-        shutil.copyfile(fit / "weights.safetensors", path)
+        tensors = load_file(fit / "weights.safetensors")
+        if issubclass(all_methods()[cell.method], Learned):
+            tensors = {k: v.half() if v.dtype == torch.float32 else v for k, v in tensors.items()}
+        save_file(tensors, path)
         head = json.loads((fit / "weights.json").read_text())
         simulation = record["provenance"]["data"]["simulation"]
         head["origin"] = {**simulation, **{k: record[k] for k in ("table", "specimen")}, "profile": profile}

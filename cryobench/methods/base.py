@@ -147,7 +147,8 @@ class Denoiser:
             raise BadFileError(f"{path}: not weights saved by cryobench ({reason})") from error
         if name != cls.name:
             raise CryobenchError(f"{path}: weights of {name!r}, not of {cls.name!r}")
-        method.state = {k: v.to(method.device) for k, v in tensors.items()}
+        # shipped weights are kept in half precision
+        method.state = {k: (v.float() if v.dtype == torch.float16 else v).to(method.device) for k, v in tensors.items()}
         method.info = head["info"]
         return method
 

@@ -55,9 +55,9 @@ class Config(TrainConfig):
     adversarial: float = 1.0
     penalty: str = "l1"
     penalty_weight: float = 10.0
-    # Code: batch 10, 20 epochs of 2,500 steps. 12,000 steps for the 8 minutes of `full` on an H200 are an estimate.
-    steps: int = 12_000
-    batch_size: int = 16
+    # Code: batch 10, 20 epochs of 2,500 steps.
+    steps: int = 3000
+    batch_size: int = 32
     learning_rate: float = 0.01
     critic_rate: float = 0.001
     #: D learns in every n-th step

@@ -38,10 +38,10 @@ class Config(sr3.Config):
     of its settings). Of ``sr3``'s, ``blocks``, ``norm``, ``patch`` and the optimiser's serve both networks."""
 
     samples: int = 1
-    # Of the 15,000 steps of sr3 (the paper: 200 epochs of 5000, 1/25; the diffusion model would not have settled here)
-    steps: int = 7500
-    post_widths: tuple[int, ...] = (64, 128, 256, 256)
-    post_steps: int = 7500
+    # Of the 4,000 steps of sr3 (the paper: 200 epochs of 5000, 1/25; the diffusion model would not have settled here)
+    steps: int = 1500
+    post_widths: tuple[int, ...] = (48, 96, 192, 192)
+    post_steps: int = 2500
     # training images whose samples are drawn, once
     outputs: int = 8000
     # Whether the U-Net sees the noisy image beside the sample. The paper does not say; it calls the U-Net
@@ -65,8 +65,8 @@ class Method(Learned):
             "post_widths": (8, 16), "post_steps": 100, "outputs": 64,
         },
         "quick": {
-            **sr3.Method.profiles["quick"], "samples": 1, "steps": 250, "sampling_steps": 3,
-            "post_widths": (32, 64, 128), "post_steps": 600, "outputs": 2000,
+            **sr3.Method.profiles["quick"], "samples": 1, "steps": 350, "sampling_steps": 3,
+            "post_widths": (32, 64, 128), "post_steps": 1500, "outputs": 2000,
         },
         "full": {**sr3.Method.profiles["full"], "samples": 1},
     }  # fmt: skip

@@ -36,7 +36,7 @@ class Settings(TrainConfig):
     over eight turns and mirrors of the input.
     """
 
-    widths: tuple[int, ...] = (64, 128, 256, 256)
+    widths: tuple[int, ...] = (48, 96, 192, 192)
     blocks: int = 2
     # At SNR 0.1 a pixel says next to nothing: 4 x 4 pixels at once are four times cheaper than 2 x 2
     patch: int = 4
@@ -44,9 +44,10 @@ class Settings(TrainConfig):
     # than in a box of its own (chapter "unet")
     norm: bool = False
     self_ensemble: bool = True
-    steps: int = 20_000
-    batch_size: int = 32
-    learning_rate: float = 1e-3
+    # A step of 32 or of 128 images takes an H200 the same 15 ms, in which it mostly waits for Python
+    steps: int = 4000
+    batch_size: int = 64
+    learning_rate: float = 1.5e-3
     ema: float = 0.999
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: pixels computed at once; 64 channels of float32 make 256 MB of it
-PIXELS = 1_000_000
+#: pixels computed at once; 64 channels of float32 make 256 MB of a million. A GPU wants many
+PIXELS = {"cpu": 1_000_000, "cuda": 4_000_000}
 
 
 def apply_tiled(
@@ -33,7 +33,7 @@ def apply_tiled(
             # the tile, grown by the margin where the image goes on
             y0, x0 = max(0, top - margin), max(0, left - margin)
             part = padded[:, :, y0 : top + tile + margin, x0 : left + tile + margin]
-            step = max(1, PIXELS // (part.shape[2] * part.shape[3]))
+            step = max(1, PIXELS.get(part.device.type, 1_000_000) // (part.shape[2] * part.shape[3]))
             done = torch.cat([net(chunk) for chunk in part.split(step)])
             out[:, :, top : top + tile, left : left + tile] = done[:, :, top - y0 :, left - x0 :][:, :, :tile, :tile]
     return out[:, 0, :height, :width]
