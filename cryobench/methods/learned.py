@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class Learned(Denoiser):
     """Base of methods that train a network; not a method itself.
 
-    ``multiple``: what the sides of an image must be a multiple of (others are padded). ``margin``: by how many
-    pixels the tiles overlap in which larger images are computed; what lies farther should hardly count.
+    ``multiple``: what the sides of an image must be a multiple of (others are padded). ``margin``: how many pixels
+    beyond itself a block of that size depends on; by as many the tiles overlap in which larger images are computed.
     """
 
     trained = True

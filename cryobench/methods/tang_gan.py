@@ -109,9 +109,9 @@ class TangGan(Learned):
 
     @property
     def margin(self) -> int:
-        """At most so far: kernels of 7 see 3 patches, those of the residual blocks one place of 4 patches each; a step
-        between two levels, one place of the coarser one up, one of the finer one down."""
-        return int(self.config.patch * (16 + 8 * self.config.blocks) - 1)
+        """Kernels of 7 see 3 patches, those of the residual blocks one place of 4 patches each; a step between two
+        levels, at most one place of the finer on the way down, of the coarser on the way up."""
+        return int(self.config.patch * (15 + 8 * self.config.blocks))
 
     def network(self) -> Generator:
         return Generator(self.config.width, self.config.blocks, self.config.patch)

@@ -102,13 +102,13 @@ class UNet(nn.Module):
 
 
 def reach(levels: int, blocks: int, patch: int) -> int:
-    """How many pixels away a pixel of the result can depend on, at most.
+    """How many pixels beyond itself a place of the coarsest level, as part of the result, depends on.
 
     Two 3 x 3 kernels a block see one place each, of 1, 2, 4 ... patches; the first and the last kernel one patch each;
-    and where the finest grid meets the coarsest, a whole place of that counts.
+    on the way to a coarser level the edge moves out to that of a place there.
     """
     down, up = 2**levels - 1, 2 ** (levels - 1) - 1
-    return patch * (2 + 2 * blocks * (down + up) + 2 ** (levels - 1)) - 1
+    return patch * (2 + 2 * blocks * (down + up) + up)
 
 
 def _through(blocks: nn.Module, h: Tensor, level: Tensor | None) -> Tensor:
