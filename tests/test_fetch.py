@@ -175,6 +175,7 @@ from cryobench.specimens.fetch import fetch
 from cryobench.specimens.manifest import Entry, Licence, RemoteFile
 folder, name, url, sha256, limit = sys.argv[1:]
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 try:
     file = RemoteFile(name, url, sha256=sha256)

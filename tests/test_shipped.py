@@ -273,12 +273,13 @@ def test_where_committed_records_are(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not made["provenance"]["dirty"], path
 
 
-def test_commit_of_a_copy_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "_git", lambda *arguments: None)
-    for given, expected in (
-        ("0123abc", {"commit": "0123abc", "dirty": False}),
-        ("0123abc-dirty", {"commit": "0123abc", "dirty": True}),
-        ("", {"commit": "unknown", "dirty": True}),
+def test_commit_of_a_copy_without_git_or_in_anothers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for git, given, expected in (
+        (None, "0123abc", {"commit": "0123abc", "dirty": False}),
+        (None, "0123abc-dirty", {"commit": "0123abc", "dirty": True}),
+        (None, "", {"commit": "unknown", "dirty": True}),
+        ("another's", "0123abc", {"commit": "0123abc", "dirty": False}),
     ):
+        monkeypatch.setattr(records, "_git", lambda *arguments, git=git: git)
         monkeypatch.setenv("CRYOBENCH_COMMIT", given)
         assert {k: records.machine("cpu")[k] for k in ("commit", "dirty")} == expected

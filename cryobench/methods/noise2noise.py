@@ -7,12 +7,18 @@ mean zero and is independent of y1: the target's noise adds a constant to the lo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from cryobench.methods import unet
 
 
+@dataclass(frozen=True)
 class Config(unet.Config):
     """Lehtinen et al. use a plain U-Net, and Zhang et al. say nothing about the one behind their row: ours is the one
-    of ``unet``, so that the two differ in what they learn from and in nothing else."""
+    of ``unet``, so that the two differ in what they learn from, and in the rate, see ``score``."""
+
+    learning_rate: float = 5e-4
+    warmup: int = 500
 
 
 class Method(unet.Method):
