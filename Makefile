@@ -27,8 +27,9 @@ endif
 	@$(BIN)/cryobench book --profile $(PROFILE)
 	@$(BIN)/cryobench table $(BOOK_TABLES) --profile $(PROFILE)
 
+# two files at a time, one thread each: networks this small gain nothing from a second one
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lab: $(READY)
 	@$(BIN)/jupyter lab notebooks

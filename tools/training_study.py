@@ -50,7 +50,7 @@ ABLATIONS: list[tuple[str, dict[str, Any], str]] = [
     ("patches of 8 px", {"patch": 8, "widths": (64, 128)}, "fresh"),
     ("half the channels", {"widths": (16, 32, 64)}, "fresh"),
     ("twice the channels", {"widths": (64, 128, 256)}, "fresh"),
-    ("without group normalisation", {"norm": False}, "fresh"),
+    ("with group normalisation", {"norm": True}, "fresh"),
     ("constant learning rate", {"final_rate": 1.0}, "fresh"),
     ("without the average over weights", {"ema": 0.0}, "fresh"),
     ("without the mean over turns", {"self_ensemble": False}, "fresh"),
