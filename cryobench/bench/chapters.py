@@ -21,8 +21,10 @@ from cryobench.plots import Figure
 def show_tables(
     names: Sequence[str], profile: str, results: str, convention: str | None = None, wide: bool = False, top: str = "."
 ) -> HTML:
-    """Published beside measured; each measured method links to its executed notebook (``top``: way to the root)."""
-    parts = [table_text(name, profile, Path(results), "html", convention, wide, runs=f"{top}/runs") for name in names]
+    """Published beside measured; each measured method links to its executed notebook (``top``: way to the root; empty
+    for a profile that the book has no such pages of)."""
+    runs = f"{top}/runs" if top else ""
+    parts = [table_text(name, profile, Path(results), "html", convention, wide, runs=runs) for name in names]
     return HTML("\n".join(parts))
 
 
