@@ -1,7 +1,6 @@
 """What every method keeps, whoever wrote it. A new file in cryobench/methods is tested here by being there."""
 
 import inspect
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -21,15 +20,6 @@ QUIET = Budget(progress=False)
 SIZE = 32
 every_method = pytest.mark.parametrize("name", METHODS)
 trained = pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.trained])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Images this small are slower on two threads, and far slower beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

@@ -1,7 +1,5 @@
 """DnCNN: the network of the paper, and what its method adds."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from blobs import BlobData
@@ -13,14 +11,6 @@ from cryobench.methods.dncnn import Config, Method, Network
 from cryobench.methods.nets.tiling import apply_tiled
 
 QUIET = Budget(progress=False)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """The unpaired GAN: what keeps the pairs apart, what ties the output to the input; and what both Tang GANs share."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from blobs import BlobData
@@ -16,14 +14,6 @@ from cryobench.methods.tang_gan import Adversaries, Parts
 
 QUIET = Budget(progress=False)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_generator_counted_by_hand() -> None:

@@ -1,6 +1,5 @@
 """restore: the authors' network counted by hand, what it sees, and learning from noise alone."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,14 +12,6 @@ from cryobench.methods.nets.tiling import apply_tiled
 from cryobench.methods.restore import Config, Method, Network, WideBlock, conv
 
 QUIET = Budget(progress=False)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class NoisyPairs(BlobData):

@@ -1,7 +1,6 @@
 """RobustGAN: the score is proper, the networks are the authors', contamination does what it says."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,14 +15,6 @@ from cryobench.methods.robustgan import Config, Critic, Method, beta_score, cont
 QUIET = Budget(progress=False)
 CPU = torch.device("cpu")
 FAMILY = [(0.5, 0.5), (0.0, 0.0), (1.0, 1.0), (-0.5, -0.5), (0.5, 2.0), (3.0, 0.2)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def probabilities() -> Tensor:

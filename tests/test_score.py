@@ -1,7 +1,6 @@
 """Score: what the loss has as its minimum, in closed form, and what a network makes of it on Gaussian images."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,14 +12,6 @@ from cryobench.methods.base import Budget
 from cryobench.methods.score import Method
 
 SIZE, SIGMA = 16, 0.5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def new(**options: object) -> Method:

@@ -1,7 +1,6 @@
 """Score with a reference: the projection nearest to an image, and what each guidance makes of it, in closed form."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,14 +17,6 @@ from cryobench.methods.score_target import Method, with_reference
 
 SIZE = 32
 QUIET = Budget(progress=False)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def blobs(seed: int) -> Tensor:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,15 +22,6 @@ from cryobench.methods.training import BudgetSpent, Loss, Player, TrainConfig, p
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(steps=40, batch_size=4, learning_rate=3e-3, warmup=5, ema=0.9)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Networks this small are slower on two threads, and far slower beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network() -> nn.Module:

@@ -1,6 +1,5 @@
 """The U-Net, starting from CWF, and what pairs of exposures teach."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,6 @@ from cryobench.methods.nets.unet import UNet
 from cryobench.methods.registry import get_method
 
 QUIET = Budget(progress=False)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_number_of_weights() -> None:
