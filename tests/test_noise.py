@@ -49,6 +49,14 @@ def test_the_snr_is_the_one_asked_for(kind: str, snr: float) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_sigma_may_be_given_instead(kind: str) -> None:
+    clean = blobs() * 3 + 7
+    noisy, sigma = add_noise(clean, math.nan, kind, seeded(), sigma=1.7)
+    assert sigma == 1.7
+    assert float((noisy - clean).double().std()) == pytest.approx(1.7, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_seed_gives_the_same_noise(kind: str) -> None:
     clean = blobs(3)
     first, again, other = (add_noise(clean, 0.1, kind, seeded(s))[0] for s in (5, 5, 6))

@@ -54,6 +54,7 @@ def test_notebooks_in_git_carry_no_outputs_and_nothing_left_to_write(path):
     for cell in json.loads(path.read_text())["cells"]:
         assert not cell.get("outputs")
         assert not cell.get("execution_count")
+        assert cell.get("id")
         assert not re.search(r"@@|TODO|FIXME|\bTEXT\b", "".join(cell["source"]))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_report import HARD, noise, record, rows_of, write
 
 from cryobench import paths
@@ -20,10 +21,11 @@ from cryobench.bench.notebooks import without_origin
 from cryobench.bench.plan import path_of, state_of, state_shown
 from cryobench.bench.report import load_records, table_text
 from cryobench.bench.runner import run_cells
-from cryobench.bench.shipped import NOT_KEPT, ship, ship_weights, stripped
+from cryobench.bench.shipped import NOT_KEPT, _halved, ship, ship_weights, stripped
 from cryobench.bench.tables import load_table
 from cryobench.cli import main
 from cryobench.errors import CryobenchError
+from cryobench.methods import unet
 from cryobench.paths import project_root
 
 ELSEWHERE = {"device": "a cluster", "commit": "0123456789abcdef", "utc": "2026-11-20T10:00:00+00:00", "dirty": False}
@@ -273,13 +275,35 @@ def test_where_committed_records_are(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not made["provenance"]["dirty"], path
 
 
+def test_weights_in_half_precision_do_nearly_the_same(tmp_path: Path) -> None:
+    method = unet.Method(unet.Method.config_for("smoke"), seed=3)
+    method.state = method.fresh().state_dict()
+    for weight in method.state.values():  # what starts at zero counts, too
+        weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(weight)))
+    method.save(tmp_path / "full")
+    images = torch.randn(3, 33, 40, generator=torch.Generator().manual_seed(0))
+    made = method.denoise(images, 1.0)
+    method.state = {k: _halved(v) for k, v in method.state.items()}
+    assert {v.dtype for v in method.state.values()} == {torch.float16}
+    method.save(tmp_path / "half")
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * (tmp_path / "full.safetensors").stat().st_size
+    again = unet.Method.load(tmp_path / "half").denoise(images, 1.0)
+    assert float((again - made).norm()) < 0.01 * float(made.norm())
+    large = torch.tensor([1.0, 1e6])
+    assert torch.equal(_halved(large), large), "too large for it"
+
+
 def test_commit_of_a_copy_without_git_or_in_anothers(monkeypatch: pytest.MonkeyPatch) -> None:
+    another: dict[str, str | None] = {"rev-parse": "fff", "status": ""}
+    own = {**another, "cat-file": "commit", "status": " M file"}
     for git, given, expected in (
-        (None, "0123abc", {"commit": "0123abc", "dirty": False}),
-        (None, "0123abc-dirty", {"commit": "0123abc", "dirty": True}),
-        (None, "", {"commit": "unknown", "dirty": True}),
-        ("another's", "0123abc", {"commit": "0123abc", "dirty": False}),
+        ({}, "0123abc", {"commit": "0123abc", "dirty": False}),
+        ({}, "0123abc-dirty", {"commit": "0123abc", "dirty": True}),
+        ({}, "", {"commit": "unknown", "dirty": True}),
+        (another, "0123abc", {"commit": "0123abc", "dirty": False}),
+        (another, "", {"commit": "fff", "dirty": False}),
+        (own, "0123abc", {"commit": "fff", "dirty": True}),  # left over from an earlier run
     ):
-        monkeypatch.setattr(records, "_git", lambda *arguments, git=git: git)
+        monkeypatch.setattr(records, "_git", lambda verb, *rest, git=git: git.get(verb))
         monkeypatch.setenv("CRYOBENCH_COMMIT", given)
         assert {k: records.machine("cpu")[k] for k in ("commit", "dirty")} == expected

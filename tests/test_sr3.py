@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cryobench.bench.experiment import Cell, Experiment
 from cryobench.errors import CryobenchError
+from cryobench.imaging.turns import turn, turn_back
 from cryobench.methods import sr3, sr3_post
 from cryobench.methods.base import Budget
 from cryobench.methods.training import BudgetSpent
@@ -121,6 +122,18 @@ def test_the_result_is_the_mean_of_its_samples(fitted: sr3.Method) -> None:
     # images in a stack have noise of their own: the same image twice is drawn differently
     twice = fitted.draw(noisy[:1].repeat(2, 1, 1), 0.3, 1)[0]
     assert float((twice[0] - twice[1]).std()) > 0.01
+
+
+def test_pairs_of_samples_are_drawn_for_turned_images(fitted: sr3.Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(3))
+    samples = fitted.draw(images, 1.0, 3)
+    assert fitted.config.antithetic
+    assert samples.shape == (3, 2, 40, 24)
+    monkeypatch.setattr(sr3, "TURNS", [(0, False)] * 8)
+    assert torch.equal(fitted.draw(images, 1.0, 2), samples[:2])
+    expected = turn_back(fitted.draw(turn(images, 1), 1.0, 3)[2], 1)
+    torch.testing.assert_close(samples[2], expected)
+    assert not torch.allclose(fitted.draw(images, 1.0, 3)[2], expected, atol=0.01)
 
 
 def test_averaging_and_opposite_noise_lower_the_error(fitted: sr3.Method) -> None:

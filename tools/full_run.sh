@@ -7,7 +7,7 @@
 #   RESULTS records ($WORK/results); what the repository holds of earlier runs is copied there and not run again
 #   OUT     where the archives go ($WORK/out): full-records.tgz.aa, full-weights.tgz.aa ... of at most 15 MB each
 #   WHEELHOUSE  from `make wheelhouse` (wheelhouse)     PYTHON  the one that has torch (python3)
-#   CRYOBENCH_COMMIT  $(git describe --always --abbrev=40 --dirty) of the code, where the copy here has no git or another
+#   CRYOBENCH_COMMIT  $(git rev-parse HEAD) of the code, with -dirty behind it if it was changed, where there is no git here
 # Exit code: 0 all done, 1 something failed, 3 not everything is done yet.
 # At home:  cat full-records.tgz.* | tar xz -C results; python tools/ship_records.py results --profile full
 set -euo pipefail

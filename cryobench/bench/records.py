@@ -150,12 +150,11 @@ def _git(*arguments: str) -> str | None:
 
 
 def _code() -> dict[str, Any]:
-    """Commit, and whether the code differs from it. A copy without the project's git, or in another's, says by
-    $CRYOBENCH_COMMIT what it is of, with ``-dirty`` behind it where it is not quite that (as ``git describe --always
-    --abbrev=40 --dirty`` prints it)."""
+    """Commit, and whether the code differs from it. A copy without git says by $CRYOBENCH_COMMIT what it is of, with
+    ``-dirty`` behind it where it is not quite that; so does one in a repository that does not know that commit."""
     named, _, changed = os.environ.get("CRYOBENCH_COMMIT", "").partition("-")
-    commit = None if named else _git("rev-parse", "HEAD")
-    if commit is None:
+    commit = _git("rev-parse", "HEAD")
+    if commit is None or (named and _git("cat-file", "-t", named) != "commit"):
         return {"commit": named or "unknown", "dirty": bool(changed) or not named}
     return {
         "commit": commit,

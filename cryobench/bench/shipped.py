@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cryobench.bench import records
 from cryobench.bench.experiment import Cell, Experiment
@@ -90,7 +91,11 @@ def ship_weights(results: Path, target: Path, profile: str) -> list[Path]:
     for _, record in _finished(results, profile):
         method = all_methods().get(record["method"])
         own = parameters_of(notebook_of(record["method"])) if method and method.trained else {}
-        if (record["table"], record["specimen"], record["seed"]) != (own.get("table"), own.get("specimen"), 0):
+        if not method or (record["table"], record["specimen"], record["seed"]) != (
+            own.get("table"),
+            own.get("specimen"),
+            0,
+        ):
             continue
         cell = Cell(record["table"], record["specimen"], record["method"], profile)
         fit = Experiment(cell, record["provenance"]["device_class"]).fit_folder
@@ -99,8 +104,8 @@ def ship_weights(results: Path, target: Path, profile: str) -> list[Path]:
         target.mkdir(parents=True, exist_ok=True)
         path = target / f"{cell.method}-{profile}.safetensors"
         tensors = load_file(fit / "weights.safetensors")
-        if issubclass(all_methods()[cell.method], Learned):
-            tensors = {k: v.half() if v.dtype == torch.float32 else v for k, v in tensors.items()}
+        if issubclass(method, Learned):
+            tensors = {k: _halved(v) for k, v in tensors.items()}
         save_file(tensors, path)
         head = json.loads((fit / "weights.json").read_text())
         simulation = record["provenance"]["data"]["simulation"]
@@ -108,6 +113,12 @@ def ship_weights(results: Path, target: Path, profile: str) -> list[Path]:
         path.with_suffix(".json").write_text(json.dumps(head, indent=1) + "\n")
         made.append(path)
     return made
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    """In half precision where that can hold it."""
+    half = tensor.half()
+    return half if tensor.dtype == torch.float32 and bool(half.isfinite().all()) else tensor
 
 
 def _finished(results: Path, profile: str) -> Iterator[tuple[Path, dict[str, Any]]]:

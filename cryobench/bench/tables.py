@@ -17,7 +17,7 @@ from cryobench.paths import project_root
 PROFILES = {
     "smoke": "32 px, seconds: for tests",
     "quick": "64 px, about a minute per method on a 2-core CPU",
-    "full": "the paper's size, one GPU, at most 8 minutes per method and specimen",
+    "full": "128 or 256 px, one GPU, minutes per method and specimen",
 }
 
 _SPECIMEN = {

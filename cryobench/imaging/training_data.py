@@ -143,6 +143,7 @@ class TrainingData:
 
     def batch(self, step: int, batch_size: int, seed: int, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
         """Batch number ``step``: (input, target), a pure function of seed and step so that a fit can resume.
+        (Fresh noise is other noise on another kind of device.)
 
         The target is the clean image (``clean-pairs``) or a second exposure (``noisy-pairs``). With clean
         images to be had, simulated data give fresh poses and fresh noise. Otherwise the batch is drawn from the

@@ -52,9 +52,8 @@ class TrainConfig:
     Adam; the rate rises linearly over ``warmup`` steps and falls as a cosine to ``final_rate`` times itself.
     clip: largest gradient norm (0: none). ema: decay of the weight average that becomes the result (0: none).
     precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the device computes in it.
-    compile: torch.compile, on CUDA only; off, since on an H200 it took 20 s,
-    after which 120 steps were no faster.
-    channels_last: memory order, faster for convolutions on CPU and GPU.
+    compile: torch.compile, on CUDA only; off, since on an H200 it took 20 s, after which 120
+    steps were no faster. channels_last: memory order, faster for convolutions on CPU and GPU.
     """
 
     steps: int = 4000
