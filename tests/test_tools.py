@@ -29,6 +29,15 @@ def run(copy: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], cwd=copy, env=environment, capture_output=True, text=True)
 
 
+def test_training_rate():
+    command = ["tools/training_rate.py", "zhang2024", "sr3-post", "batch_size=4", "post_widths=[8, 16]"]
+    done = run(ROOT, *command, "--profile", "smoke", "--device", "cpu", "--steps", "2", "60")
+    assert done.returncode == 0, done.stderr
+    assert "ms a step of 4 images" in done.stdout
+    assert "on cpu" in done.stdout
+    assert "unknown of the peak" in done.stdout
+
+
 def test_a_new_method_passes_its_test_conformance_and_a_run(copy):
     made = run(copy, "-m", "cryobench", "new-method", "my-shrink")
     assert made.returncode == 0, made.stderr

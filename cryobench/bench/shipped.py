@@ -91,11 +91,8 @@ def ship_weights(results: Path, target: Path, profile: str) -> list[Path]:
     for _, record in _finished(results, profile):
         method = all_methods().get(record["method"])
         own = parameters_of(notebook_of(record["method"])) if method and method.trained else {}
-        if not method or (record["table"], record["specimen"], record["seed"]) != (
-            own.get("table"),
-            own.get("specimen"),
-            0,
-        ):
+        wanted = (own.get("table"), own.get("specimen"), 0)
+        if not method or (record["table"], record["specimen"], record["seed"]) != wanted:
             continue
         cell = Cell(record["table"], record["specimen"], record["method"], profile)
         fit = Experiment(cell, record["provenance"]["device_class"]).fit_folder

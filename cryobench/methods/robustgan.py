@@ -65,7 +65,7 @@ class Config(TrainConfig):
     beta1: float = 0.5
     # Code: constant rate and no average over weights. Ours: as all methods here.
     ema: float = 0.999
-    # Paper: off. The mean over turns and mirrors of the input, as for all networks of the tables.
+    # Paper: off. The mean over turns and mirrors of the input, as for all networks but sr3.
     self_ensemble: bool = False
     #: share of the training images whose "targets", "inputs" or "both" (the paper's types 1, 2, 3) are replaced by
     #: uniform noise: the paper's test of robustness

@@ -163,7 +163,8 @@ class Method(OnUNet):
     def path(self, images: Tensor, sigma: float, sample: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """One sample of each of the images (n, h, w) as it comes to be: after every step y_t and the clean image
         guessed on the way, both (n, h, w) in the images' units. Another number ``sample`` gives another one, drawn for
-        the images turned and mirrored in another way: the mean then does for free what ``over_turns`` does.
+        the images turned in another way (both of an antithetic pair in the same): the mean then does for free a part
+        of what ``over_turns`` does.
 
         Raises CryobenchError before fit or load.
         """

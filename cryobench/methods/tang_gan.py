@@ -40,7 +40,7 @@ class TangConfig(TrainConfig):
     beta1: float = 0.5
     # pix2pix: no average over weights.
     ema: float = 0.999
-    # The mean over turns and mirrors of the input, as for all networks of the tables (the paper: off).
+    # The mean over turns and mirrors of the input, as for all networks but sr3 (the paper: off).
     self_ensemble: bool = False
 
 
