@@ -38,7 +38,7 @@ PARTS = (
 LONG = ("limit", "invention")  # chapters that take more than a minute
 METHOD_ORDER = (
     "noisy blank shrink lowpass-oracle mean gaussian bilateral lowpass bm3d ksvd cwf dncnn noise2noise restore "
-    "unet denoisegan robustgan gan gan-perceptual sr3 sr3-post score score-target bayes"
+    "unet denoisegan robustgan gan gan-perceptual sr3 sr3-post score score-target em3d bayes"
 ).split()
 
 

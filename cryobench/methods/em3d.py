@@ -1,0 +1,199 @@
+"""em3d: all particles are views of one object. It is estimated from the noisy images themselves, and seen through it.
+
+Every other method of this book treats an image alone. Here expectation-maximisation over the unknown orientations
+(Scheres 2012, J. Mol. Biol. 415:406, and Punjani et al. 2017, Nat. Methods 14:290, for the idea; the algorithm is our
+own) finds the volume whose projections the images are, and each image is given its posterior mean E[A P_R V | y], as
+in :mod:`cryobench.methods.bayes`, only with the volume that the noisy images gave. No clean image, no pair, no pose, no
+reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from cryobench.errors import CryobenchError
+from cryobench.imaging.boxes import fit_into
+from cryobench.imaging.rings import ring_frequencies
+from cryobench.imaging.rotations import random_rotations, symmetry_matrices
+from cryobench.imaging.slices import SliceTable
+from cryobench.methods import em_classes
+from cryobench.methods.base import Budget, Denoiser
+from cryobench.methods.em_fit import Fit, gains, volume_of_poses
+from cryobench.methods.em_poses import Climb, Frame, Modes, PoseClimber, Views, mean_slices, sample_slices
+from cryobench.methods.em_start import Annealing
+from cryobench.methods.noise_level import corner_mask
+from cryobench.methods.noise_spectrum import radial_noise_power
+
+if TYPE_CHECKING:
+    from cryobench.imaging.ctf import ContrastTransfer
+    from cryobench.imaging.training_data import TrainingData
+
+#: images denoised at once
+IMAGES = {"cpu": 256, "cuda": 4096}
+#: noise weaker than this part of the images' standard deviation is taken for this much: float32 has its limits
+LEAST_NOISE = 0.05
+
+
+@dataclass(frozen=True)
+class Config:
+    """symmetry: point group of the particle as RELION names it; C1 where it is not known. shift: particles are
+    off-centre by up to so many pixels. contrast: standard deviation of their gains around 1 (0: all alike).
+
+    starts: first volumes that each half may try. start_band, start_spacing: frequencies up to which they are made,
+    cycles per image, and degrees of their grid; cooling: what the temperature is multiplied by. iterations: of the
+    refinement. spacing, band, modes: its grid, degrees; frequencies that the grid is compared at; poses of an image
+    that are followed.
+    """
+
+    symmetry: str = "C1"
+    shift: float = 0.0
+    contrast: float = 0.0
+    starts: int = 3
+    start_band: float = 8.0
+    start_spacing: float = 15.0
+    cooling: float = 0.94
+    iterations: int = 8
+    spacing: float = 7.5
+    band: float = 12.0
+    modes: int = 6
+
+    def annealing(self) -> Annealing:
+        return Annealing(self.start_band, self.start_spacing, rate=self.cooling)
+
+
+class Method(Denoiser):
+    """Posterior mean over poses of the structure that the noisy images show together."""
+
+    name = "em3d"
+    paper = "scheres2012relion"
+    supervision = "noisy"
+    trained = True
+    equivariant = False  # the volume has the scale of the images it was made from
+    uses_ctf = True
+    costly = True
+    Config = Config
+    profiles: ClassVar[dict[str, dict[str, Any]]] = {
+        "smoke": {
+            "starts": 1,
+            "cooling": 0.8,
+            "iterations": 2,
+            "spacing": 15.0,
+            "start_spacing": 20.0,
+            "start_band": 6.0,
+        }
+    }
+
+    def fit(self, train: TrainingData, budget: Budget) -> None:
+        """Reconstruct the volume from the noisy images. ``info`` then has the correlation of the halves per ring, what
+        became of the images, and times; ``poses`` (:class:`Modes`) where each came from, and ``subset`` (n,), 1 or 2,
+        the half it was in.
+
+        Raises CryobenchError for images that are not square or fewer than 4, and BudgetSpent at its time limit.
+        """
+        images, config = train.noisy, self.config
+        n, height, width = images.shape
+        if height != width or n < 4:
+            raise CryobenchError(f"em3d: {n} images of {width} x {height} px: it needs square boxes, at least 4")
+        group = symmetry_matrices(config.symmetry)
+        size = height
+        mask = corner_mask(size, size)
+        offset = float(images[:, mask].double().mean()) if mask.any() else float(images.double().mean())
+        sigma = max(train.sigma, LEAST_NOISE * float(images.double().std()))
+        frequencies = ring_frequencies((size, size))
+        power = radial_noise_power(images, frequencies)
+        self.state = {"noise_power": power.float().to(self.device)}
+        views = self._views(Frame(size, self.device), images - offset, sigma, train.ctf)
+        fit = Fit(views, config, self.seed, budget)
+        fit.run()
+        result = fit.result
+        assert result is not None
+        gain = views.gain[:, :1].expand(n, 1)
+        level = float((views.data[:, :1] * gain).real.sum() / gain.square().sum().clamp(min=1e-30))
+        self.state |= {
+            "volume": result.whole,
+            "half1": result.references[0],
+            "half2": result.references[1],
+        }
+        share = {k: float(torch.cat([getattr(c, k) for c in fit.classes]).mean()) for k in ("view", "junk", "empty")}
+        self.info = {
+            "size": size, "pixel_size": train.pixel_size, "offset": offset, "level": level,
+            "ctf": train.ctf is not None, "n": n, "order": len(group),
+            "fsc": [round(float(x), 4) for x in result.curve], "reach": result.reach(),
+            "starts": len(fit.at["starts"]) // 2, "start_correlation": round(fit.at["correlation"], 4),
+            "start_evidence": [round(e, 2) for e in fit.at["evidence"]], "likeness": fit.at.get("likeness"),
+            "classes": share, "seconds": round(fit.at["seconds"], 2),
+        }  # fmt: skip
+        self.subset = torch.ones(n, dtype=torch.long)
+        self.subset[fit.members[1].cpu()] = 2
+        found = [replace(m, owner=part[m.owner]) for m, part in zip(fit.modes, fit.members, strict=True)]
+        self.poses = Modes(*(torch.cat(x).cpu() for x in zip(*(vars(m).values() for m in found), strict=True)))
+
+    def denoise(self, images: Tensor, sigma: float | None = None, ctf: ContrastTransfer | None = None) -> Tensor:
+        """Posterior means of images (n, h, w) at the pixel size learnt; sigma as in :class:`Denoiser`.
+
+        What is no view of the particle is shown as junk (filtered by its power spectrum) or as nothing at all:
+        ``classes`` (n, 3) has the probabilities of view, junk and empty of the stack denoised last. Raises
+        CryobenchError when not fitted, and where the CTF is missing.
+        """
+        if "volume" not in self.state:
+            raise CryobenchError("em3d knows no volume yet: fit it to noisy images, or load weights")
+        if self.info["ctf"] and ctf is None:
+            raise CryobenchError("em3d learnt from images with a CTF: it needs that of these images too")
+        height, width = images.shape[1:]
+        size, offset = max(height, width), self.info["offset"]
+        frame = Frame(size, self.device)
+        volume = fit_into(self.state["volume"], (size, size, size))
+        table, some = SliceTable(volume, padding=2.6), random_rotations(8, torch.Generator().manual_seed(0))
+        signal = float(frame.images(table.sample(some.to(self.device), frame.points)).std())
+        noise = max(sigma or 0.0, LEAST_NOISE * signal, 1e-9)
+        config = self.config
+        climb = Climb(config.spacing, config.band, 2 * config.modes, shift=config.shift)
+        climber = PoseClimber(table, frame, symmetry_matrices(config.symmetry), climb)
+        power = ring_power(volume, frame)
+        out, classes = [], []
+        for part in torch.arange(len(images)).split(IMAGES.get(self.device.type, 256)):
+            own = ctf[part] if ctf is not None and self.info["ctf"] else None
+            views = self._views(frame, fit_into(images[part] - offset, (size, size)), noise, own)
+            mean, kinds = self._posterior(climber, views, power)
+            if own is not None:
+                mean = mean * own.images(size, self.device).flatten(1)[:, frame.pixels]
+            shown = frame.images(mean)
+            out.append((fit_into(shown, (height, width)) + offset).cpu())
+            classes.append(torch.stack([kinds.view, kinds.junk, kinds.empty], 1).cpu())
+        self.classes = torch.cat(classes)
+        return torch.cat(out)
+
+    def _views(self, frame: Frame, images: Tensor, sigma: float, ctf: ContrastTransfer | None) -> Views:
+        """Images (n, d, d) without their background, in units of the noise."""
+        known = self.state["noise_power"]
+        place = (2 * frame.radius / frame.size).clamp(max=1) * (len(known) - 1)
+        low = place.floor().long().clamp(max=len(known) - 2)
+        power = known[low].lerp(known[low + 1], place - low)
+        transfer = None if ctf is None else ctf.images(frame.size, self.device)
+        return Views.of(frame, images, sigma * power.sqrt(), transfer)
+
+    def _posterior(self, climber: PoseClimber, views: Views, power: Tensor) -> tuple[Tensor, em_classes.Classes]:
+        """Mean coefficients (n, m) of the images without CTF, and what each shows."""
+        contrast, scale = self.config.contrast, torch.ones(len(views), device=views.data.device)
+        modes = climber.run(views)
+        mean, evidence = mean_slices(climber, views, modes)
+        if contrast:
+            scale = gains(views, mean, contrast)
+            views = views.scaled(scale)
+            mean, evidence = mean_slices(climber, views, climber.follow(views, modes))
+        mean[:, 0] = self.info["level"]  # all projections have the same sum
+        poses = volume_of_poses(len(climber.group), self.config.shift)
+        kinds = em_classes.classify(views, evidence, power, poses)
+        mean = kinds.view[:, None] * mean + kinds.junk[:, None] * kinds.filtered
+        return mean * scale[:, None], kinds
+
+
+def ring_power(volume: Tensor, frame: Frame) -> Tensor:
+    """Mean power of the slices of a volume in each ring."""
+    rotations = random_rotations(64, torch.Generator().manual_seed(0), volume.device)
+    slices = sample_slices(SliceTable(volume), rotations, frame, len(frame.radius))
+    return em_classes.ring_means(slices, frame.radius)

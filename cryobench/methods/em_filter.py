@@ -1,0 +1,51 @@
+"""What two independent half maps agree on, place by place and frequency by frequency.
+
+The Fourier shell correlation says how much of a shell is signal, averaged over the box. But most of the box is solvent,
+where nothing is. Here each band of frequencies is looked at in a Gaussian window around each voxel: the covariance of
+the halves there is the power of the signal S, the power of their difference that of the noise N (uniform in a band),
+and S / (S + N) what is left of the band at that place: a Wiener filter in space and frequency. Where the halves agree
+on nothing, nothing is left; no mask is needed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from cryobench.imaging.rings import ring_index
+
+#: distance of the bands' centres, shells
+BAND = 3
+#: independent numbers that a window should hold at least
+SAMPLES = 60
+#: narrowest window, voxels
+NARROW = 3.0
+
+
+def local_wiener(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Half maps (d, d, d), unfiltered, as (whole, first, second) filtered: the mean of the posterior given both, and
+    what each half alone is worth with these powers."""
+    d = len(first)
+    radius = ring_index((d, d, d))[0].view(d, d, -1).to(first.device)
+    k = torch.fft.fftfreq(d, device=first.device)
+    squared = k[:, None, None] ** 2 + k[:, None] ** 2 + torch.fft.rfftfreq(d, device=first.device) ** 2
+    a, b = torch.fft.rfftn(first), torch.fft.rfftn(second)
+    out = [torch.zeros_like(first) for _ in range(3)]
+    top = d // 2
+    for centre in range(0, top + BAND, BAND):
+        hat = (1 - (radius - centre).abs() / BAND).clamp(min=0) * (radius <= top)
+        members = float(2 * hat.square().sum())
+        if not members:
+            continue
+        # the wider the window the more it holds: enough to tell signal from noise
+        volume = SAMPLES * d**3 / members
+        width = min(max(volume ** (1 / 3) / (2 * math.sqrt(math.pi)), NARROW), d / 4)
+        blur = torch.exp(-2 * (math.pi * width) ** 2 * squared)
+        x, y = (torch.fft.irfftn(f * hat, s=(d, d, d)) for f in (a, b))
+        signal = torch.fft.irfftn(torch.fft.rfftn(x * y) * blur, s=(d, d, d)).clamp(min=0)
+        noise = float((x - y).square().mean()) / 2  # of a half
+        for target, band, power in zip(out, ((x + y) / 2, x, y), (noise / 2, noise, noise), strict=True):
+            target += band * signal / (signal + power + 1e-30)
+    return out[0], out[1], out[2]

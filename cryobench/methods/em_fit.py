@@ -1,0 +1,182 @@
+"""The course of a reconstruction from noisy images alone: first volumes, how they meet, refinement.
+
+The images are split in two halves that never see each other. Each makes a first volume of its own
+(:mod:`cryobench.methods.em_start`); if the two are not the same object, both try again, and of each half's attempts the
+one with the most evidence counts. The second is turned onto the first (:mod:`cryobench.methods.em_align`) and both are
+refined (:mod:`cryobench.methods.em_refine`). A killed fit goes on from the last volume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cryobench.imaging.rotations import symmetry_matrices
+from cryobench.imaging.slices import SliceTable, resized
+from cryobench.methods import em_classes
+from cryobench.methods.base import Budget
+from cryobench.methods.checkpoint import read_checkpoint, write_checkpoint
+from cryobench.methods.em_align import align, to_axes
+from cryobench.methods.em_poses import Climb, Modes, Views, phases, sample_slices, softmax
+from cryobench.methods.em_refine import Halves, collect, combine, expect
+from cryobench.methods.em_start import GridEM
+from cryobench.methods.training import BudgetSpent
+
+if TYPE_CHECKING:
+    from cryobench.methods.em3d import Config
+
+#: correlation of two first volumes that are the same object
+SAME = 0.98
+#: shells beyond those that the halves agree on, in which agreement is looked for next
+BEYOND = 4
+
+
+class Fit:
+    """State and steps; ``run`` does all that is left. views: all images, which are split at random."""
+
+    def __init__(self, views: Views, config: Config, seed: int, budget: Budget) -> None:
+        self.config, self.seed, self.budget = config, seed, budget
+        order = torch.randperm(len(views), generator=torch.Generator().manual_seed(seed))
+        #: which images (n / 2,) the halves are
+        self.members = [part.sort().values.to(views.frame.device) for part in order.chunk(2)]
+        self.halves = [views[part] for part in self.members]
+        self.group = symmetry_matrices(config.symmetry).to(views.frame.device, torch.float32)
+        facts = [config, seed, views.data.shape, views.data[:, 1].sum().item(), views.gain.sum().item()]
+        key = hashlib.sha256(repr(facts).encode()).hexdigest()
+        self.at: dict[str, Any] = {"key": key, "starts": [], "evidence": [], "iteration": 0, "seconds": 0.0}
+        #: the result: volumes and modes of the last iteration, what became of each image
+        self.result: Halves | None = None
+        self.modes: list[Modes] = []
+        self.classes: list[em_classes.Classes] = []
+        self.gains = [torch.ones(len(half), device=views.frame.device) for half in self.halves]
+
+    def run(self) -> None:
+        """Raises BudgetSpent when the time is up; the checkpoint holds what was done."""
+        from tqdm import tqdm
+
+        budget, config = self.budget, self.config
+        kept = read_checkpoint(budget.checkpoint, self.at["key"], torch.device("cpu")) if budget.checkpoint else None
+        if kept:
+            self.at = kept
+            self.modes = [Modes(*(t.to(self.group.device) for t in tensors)) for tensors in kept.get("modes", [])]
+            self.gains = [g.to(self.group.device) for g in kept.get("gains", self.gains)]
+        self._start, self._before = time.monotonic(), self.at["seconds"]
+        self._bar = tqdm(desc="em3d", file=sys.stderr, disable=not budget.progress, unit="step")
+        with self._bar:
+            while not self._met():
+                self._first_volumes()
+            references = self._references()
+            for iteration in range(self.at["iteration"], config.iterations):
+                references = self._refine(references, iteration)
+
+    def _met(self) -> bool:
+        """Whether there are enough first volumes: the best of both halves agree, or both have tried often enough."""
+        tried = len(self.at["starts"]) // 2
+        if tried == 0 or len(self.at["starts"]) % 2:
+            return False
+        if "correlation" not in self.at:
+            self._meet()
+        return bool(self.at["correlation"] >= SAME or tried >= self.config.starts)
+
+    def _first_volumes(self) -> None:
+        number = len(self.at["starts"])
+        generator = torch.Generator().manual_seed(self.seed * 1009 + number)
+        em = GridEM(self.halves[number % 2], self.config.annealing(), generator, self.config.shift)
+        volume, evidence = em.run()
+        self.at["starts"].append(volume.cpu())
+        self.at["evidence"].append(evidence)
+        self.at.pop("correlation", None)
+        self._tick(f"first volume {number // 2 + 1} of half {number % 2 + 1}")
+
+    def _meet(self) -> None:
+        """The best volume of each half, the second turned onto the first, both about the axes of the symmetry."""
+        starts, evidence = self.at["starts"], self.at["evidence"]
+        best = [max(range(h, len(starts), 2), key=lambda k: evidence[k]) for h in (0, 1)]
+        first, second = (starts[k].to(self.group.device) for k in best)
+        move = align(first, second, self.config.start_band, shifts=self.config.shift > 0)
+        second = move.apply(second)
+        if len(self.group) > 1:
+            axes, likeness = to_axes((first + second) / 2, self.group, self.config.start_band)
+            turn = type(move)(axes, torch.zeros(3, device=axes.device), False, 1.0)
+            first, second = turn.apply(first), turn.apply(second)
+            self.at["likeness"] = likeness
+        self.at["correlation"] = move.correlation
+        self.at["references"] = [first.cpu(), second.cpu()]
+
+    def _references(self) -> list[Tensor]:
+        size, device = self.halves[0].frame.size, self.group.device
+        return [resized(volume.to(device), size) for volume in self.at["references"]]
+
+    def _refine(self, references: list[Tensor], iteration: int) -> list[Tensor]:
+        """One iteration over both halves. The first two search everywhere, and every third one from then on."""
+        config, last = self.config, iteration == self.config.iterations - 1
+        reach = self.at.get("reach", config.band - BEYOND)
+        climb = Climb(config.spacing, config.band, config.modes, shift=config.shift, limit=reach + BEYOND)
+        everywhere = iteration < 2 or iteration % 3 == 1 or not self.modes
+        sums, found = [], []
+        self.classes = []
+        for h, (half, reference) in enumerate(zip(self.halves, references, strict=True)):
+            views = half.scaled(self.gains[h]) if config.contrast else half
+            modes = expect(views, reference, self.group, climb, None if everywhere else self.modes[h])
+            weight, evidence = softmax(modes.evidence(), modes.owner, len(views))
+            slices = best_slices(views, modes, weight, reference)
+            power = em_classes.ring_means(slices, views.frame.radius)
+            poses = volume_of_poses(len(self.group), config.shift)
+            classes = em_classes.classify(views, evidence, power, poses)
+            if iteration > 0:  # at first the volume knows too little to judge
+                weight = weight * classes.view[modes.owner]
+            if config.contrast:
+                self.gains[h] = gains(half, slices, config.contrast)
+            sums.append(collect(views, modes, weight, config.symmetry))
+            found.append(modes)
+            self.classes.append(classes)
+        self.modes, self.result = found, combine(*sums)
+        if not last:  # a resumed fit does at least the last iteration, which makes the result
+            self.at.update(iteration=iteration + 1, reach=self.result.reach(), gains=[g.cpu() for g in self.gains])
+            self.at["references"] = [volume.cpu() for volume in self.result.references]
+            self.at["modes"] = [[x.cpu() for x in vars(modes).values()] for modes in found]
+        name = f"{'last ' if last else ''}iteration {iteration + 1} of {config.iterations}"
+        self._tick(f"{name}: the halves agree up to ring {self.result.reach()}")
+        return list(self.result.references)
+
+    def _tick(self, text: str) -> None:
+        now = time.monotonic() - self._start
+        self.at["seconds"] = self._before + now
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(1)
+        if self.budget.checkpoint is not None:
+            write_checkpoint(self.budget.checkpoint, self.at)
+        if self.budget.seconds is not None and now >= self.budget.seconds and not text.startswith("last"):
+            raise BudgetSpent(f"em3d: time is up after {text}; run it again to go on")
+
+
+def volume_of_poses(order: int, shift: float) -> float:
+    """Square pixels times cubic radians over which poses of a particle of this symmetry are spread."""
+    return 8 * math.pi**2 / order * (2 * math.ceil(shift) + 1) ** 2
+
+
+def best_slices(views: Views, modes: Modes, weight: Tensor, reference: Tensor) -> Tensor:
+    """The slice (n, m) of each image's heaviest mode."""
+    top = torch.zeros(len(views), device=weight.device).scatter_reduce(0, modes.owner, weight, "amax")
+    chosen = (weight >= top[modes.owner]).nonzero()[:, 0]
+    place = torch.empty(len(views), dtype=torch.long, device=weight.device)
+    place[modes.owner[chosen]] = chosen
+    frame = views.frame
+    slices = sample_slices(SliceTable(reference), modes.rotations[place], frame, len(frame.radius))
+    if modes.spread.shape[1] > 3:
+        slices = slices * phases(modes.shifts[place], frame, slices.shape[1])
+    return slices
+
+
+def gains(views: Views, slices: Tensor, spread: float) -> Tensor:
+    """Contrast (n,) of each image: least squares against its slice, with a prior of mean 1 and standard deviation
+    ``spread``."""
+    model = slices * views.gain
+    cross = (model.conj() * views.data).real.sum(1) + 1 / spread**2
+    return cross / (model.abs().square().sum(1) + 1 / spread**2)

@@ -1,0 +1,98 @@
+"""Refinement of a volume by expectation-maximisation over the modes of each image's pose, in two independent halves.
+
+Each half of the images is compared with a volume of its own. What both agree on is signal, and the filter of
+:mod:`cryobench.methods.em_filter` leaves nothing else, in the halves as references and in the whole as the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cryobench.imaging.rings import ring_index
+from cryobench.imaging.slices import SliceTable, resized
+from cryobench.methods.em_filter import local_wiener
+from cryobench.methods.em_poses import Climb, Frame, Modes, PoseClimber, Views, phases, turn_by
+from cryobench.reconstruction.fourier import Backprojector
+from cryobench.reconstruction.fsc import fsc
+
+#: lightest mode that is inserted into the volume
+LIGHT = 0.01
+#: up to this frequency (cycles per image) samples are spread over eight cells: there they lie on few spheres, and the
+#: nearest cell is not a fair one
+LOW = 5
+#: this part of a shell's mean weight is added to each cell, so that cells with next to none hold no great noise
+RIDGE = 0.01
+
+
+class Collector:
+    """Sums of slices for a volume of ``frame.size``: two grids, the fine one to the nearest cell."""
+
+    def __init__(self, frame: Frame, symmetry: str) -> None:
+        self.frame = frame
+        size = min(2 * LOW + 6, frame.size)
+        self.low = Backprojector(size, symmetry, device=frame.device)
+        self.high = Backprojector(frame.size, symmetry, device=frame.device, nearest=True)
+
+    def insert(self, values: Tensor, weights: Tensor, rotations: Tensor) -> None:
+        near, far = self.frame.within(LOW + 1), self.frame.within(LOW - 1)
+        points = self.frame.points[:, : values.shape[1]]
+        self.low.insert_slices(values[:, :near], weights[:, :near], rotations, points[:, :near])
+        self.high.insert_slices(values[:, far:], weights[:, far:], rotations, points[:, far:])
+
+    def __add__(self, other: Collector) -> Collector:
+        both = Collector.__new__(Collector)
+        both.frame, both.low, both.high = self.frame, self.low + other.low, self.high + other.high
+        return both
+
+    def volume(self) -> Tensor:
+        """Least squares (d, d, d), on the frame's device."""
+        low, high = (b.volume(prior=RIDGE * b.shell_weights()).to(self.frame.device) for b in (self.low, self.high))
+        d = len(high)
+        low = resized(low, d)
+        radius = ring_index((d, d, d))[0].view(d, d, -1).to(high.device)
+        return torch.fft.irfftn(torch.where(radius <= LOW, torch.fft.rfftn(low), torch.fft.rfftn(high)), s=(d, d, d))
+
+
+@dataclass(frozen=True)
+class Halves:
+    """references: the two halves' volumes (d, d, d), filtered; whole: that of all images, filtered; curve: Fourier
+    shell correlation of the unfiltered halves (d // 2 + 1,)."""
+
+    references: tuple[Tensor, Tensor]
+    whole: Tensor
+    curve: Tensor
+
+    def reach(self) -> int:
+        """The last shell before the correlation first falls below 0.143."""
+        below = (self.curve[1:] < 0.143).nonzero()
+        return int(below[0]) if len(below) else len(self.curve) - 1
+
+
+def combine(first: Collector, second: Collector) -> Halves:
+    raw = first.volume(), second.volume()
+    whole, *references = local_wiener(*raw)
+    return Halves((references[0], references[1]), whole, fsc(raw[0].cpu(), raw[1].cpu()))
+
+
+def collect(views: Views, modes: Modes, weight: Tensor, symmetry: str) -> Collector:
+    """Images (n) at their modes, as heavy as ``weight`` (p,), each mode spread over 2 q points of its ellipsoid."""
+    frame, q = views.frame, modes.spread.shape[1]
+    sums, moved = Collector(frame, symmetry), q > 3
+    for part in (weight > LIGHT).nonzero()[:, 0].split(128):
+        mine = views[modes.owner[part]]
+        share = weight[part, None] / (2 * q)
+        values, weights = mine.data * mine.gain * share, mine.gain.square() * share
+        points = torch.cat([modes.spread[part], -modes.spread[part]], 2) * q**0.5  # (p, q, 2 q)
+        for point in points.unbind(2):
+            back = phases(modes.shifts[part] + point[:, 3:], frame, values.shape[1], back=True) if moved else 1
+            sums.insert(values * back, weights, modes.rotations[part] @ turn_by(point[:, :3]))
+    return sums
+
+
+def expect(views: Views, reference: Tensor, group: Tensor, climb: Climb, before: Modes | None) -> Modes:
+    """The modes of all images, searched everywhere, or followed from where they were."""
+    climber = PoseClimber(SliceTable(reference), views.frame, group, climb)
+    return climber.run(views) if before is None else climber.follow(views, before)
