@@ -66,7 +66,20 @@ def _parser() -> argparse.ArgumentParser:
         help="specimen name or .pdb/.cif/.mrc/.map file, for methods that know the structure; particles must be "
         "centred and bright",
     )
-    c.add_argument("--symmetry", metavar="GROUP", help="of the reference about its axes, as C4 or D7: saves time")
+    c.add_argument(
+        "--symmetry",
+        metavar="GROUP",
+        help="as C4 or D7: of the reference about its axes, which saves time; of the particle, for em3d (default C1)",
+    )
+    c.add_argument("--shift", type=float, metavar="PX", help="em3d: particles are off-centre by up to PX pixels")
+    c.add_argument("--contrast", type=float, metavar="SD", help="em3d: standard deviation of the particles' gains")
+    c.add_argument("--map", metavar="MAP.mrc", help="em3d: write the map it finds, MAP_half1 and MAP_half2 beside it")
+    c.add_argument(
+        "--star",
+        metavar="OUT.star",
+        help="em3d: write the input's images with their poses, for RELION; without --ctf, the optics that it wants are "
+        "stated as 300 kV, 2.7 mm, 0.1",
+    )
     c.add_argument("--ctf", metavar="STAR", help="CTF of the input's images, for methods that use it")
     c.add_argument("--train-on", nargs="+", default=[], metavar="STACK", help="with STACK_clean.mrcs beside it")
     c.add_argument("--weights", metavar="FILE", help="saved before; or 'shipped': those that come with cryobench")

@@ -116,25 +116,36 @@ def denoise(args: Namespace) -> None:
     from cryobench.bench.tables import PROFILES
     from cryobench.imaging.rotations import symmetry_matrices
     from cryobench.imaging.stacks import read_ctf, read_images
-    from cryobench.methods.apply import prepare_method
+    from cryobench.methods.apply import best_poses, prepare_method
     from cryobench.methods.noise_level import estimate_sigma
+    from cryobench.reconstruction import em3d_files
     from cryobench.specimens.mrc import write_mrc
 
     if args.profile not in PROFILES:
         raise CryobenchError(f"no profile {args.profile!r}; there are: {', '.join(PROFILES)}")
     if args.sigma is not None and not 0 <= args.sigma < math.inf:
         raise CryobenchError("--sigma must be zero or positive, in the units of the images")
+    options = {name: value for name in ("shift", "contrast") if (value := getattr(args, name)) is not None}
+    for name, value in options.items():
+        if not 0 <= value < math.inf:
+            raise CryobenchError(f"--{name} must be zero or positive")
     output = _output(args.output, (".mrcs", ".mrc"))
+    volume = _output(args.map, (".mrc", ".map")) if args.map else None
+    star = _output(args.star, (".star",)) if args.star else None
+    em3d_files.check_outputs(args.method, args.weights, args.train_on, volume, star, output, [args.input, args.ctf])
     images, pixel_size = read_images(args.input, args.pixel_size)
     ctf = read_ctf(args.ctf, args.input, images, pixel_size, args.pixel_size) if args.ctf else None
     sigma = estimate_sigma(images) if args.sigma is None else args.sigma
     reference = _structure(args.reference, args.pixel_size) if args.reference else None
     if args.symmetry:
-        if reference is None:
-            raise CryobenchError("--symmetry is that of the reference: give --reference too")
         symmetry_matrices(args.symmetry)  # known, or an error
-        reference = dataclasses.replace(reference, symmetry=args.symmetry)
-    method = prepare_method(
+        if args.method == "em3d":
+            options["symmetry"] = args.symmetry
+        elif reference is None:
+            raise CryobenchError("--symmetry is that of the reference: give --reference too")
+        else:
+            reference = dataclasses.replace(reference, symmetry=args.symmetry)
+    method, kept = prepare_method(
         args.method,
         images,
         sigma,
@@ -144,19 +155,30 @@ def denoise(args: Namespace) -> None:
         weights=args.weights,
         reference=reference,
         ctf=ctf,
+        options=options,
         device=pick_device(args.device),
         seed=args.seed,
         say=_say,
     )
-    if args.symmetry and method.info.get("symmetry") != args.symmetry:
+    if args.method == "em3d" and not args.weights:
+        for line in em3d_files.summary(method.info):
+            _say(line)
+    elif args.symmetry and method.info.get("symmetry") != args.symmetry:
         _say(f"the reference is not {args.symmetry} about its own axes and centre: its symmetry is not used")
     denoised = method.denoise(images, sigma, ctf)
     if args.save_weights:
         method.save(args.save_weights)
     write_mrc(output, denoised.numpy(), pixel_size, stack=len(images) > 1 or output.suffix == ".mrcs")
+    written = [output, *(em3d_files.write_maps(volume, method.state, method.info["pixel_size"]) if volume else [])]
+    if star:
+        em3d_files.write_poses(star, args.input, *best_poses(method), images.shape[-1], pixel_size, ctf)
+        written.append(star)
+    if kept:
+        kept.unlink(missing_ok=True)
     known = "given" if args.sigma is not None else "estimated from the corners"
     _say(f"{method.name} ({method.supervision}): {len(images)} images, sigma {sigma:.6g} {known}")
-    print(output)
+    for path in written:
+        print(path)
 
 
 def evaluate(args: Namespace) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +19,11 @@ from cryobench.imaging.image_scale import image_scale
 from cryobench.imaging.particles import Simulation, Simulator, stream_seed
 from cryobench.imaging.stacks import clean_beside, read_images
 from cryobench.imaging.training_data import Reference, TrainingData
+from cryobench.methods import em3d
 from cryobench.methods.base import Budget, Denoiser
 from cryobench.methods.noise_level import estimate_sigma
 from cryobench.methods.registry import get_method
-from cryobench.paths import project_root
+from cryobench.paths import cache_dir, project_root
 from cryobench.specimens.catalog import Structure, resolve
 
 #: what a trained method learns from where the user gives nothing: size in px, number of images
@@ -38,17 +43,20 @@ def prepare_method(
     weights: str | None = None,
     reference: Structure | None = None,
     ctf: ContrastTransfer | None = None,
+    options: Mapping[str, Any] | None = None,
     device: str = "cpu",
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
-) -> Denoiser:
-    """The method ``name`` ready to denoise ``images`` (n, h, w) of noise level sigma and pixel size in angstrom.
+) -> tuple[Denoiser, Path | None]:
+    """The method ``name`` ready to denoise ``images`` (n, h, w) of noise level sigma and pixel size in angstrom; and
+    where its fit is kept, a file for the caller to delete once what the fit was for is written (None: nothing is).
 
     weights: file to load, or "shipped" for those that come with cryobench. train_on: stacks to learn from, each with
     its clean images beside it (STACK_clean.mrcs) if the method's supervision asks for them. reference: the structure,
     for methods that know it; ctf: of ``images``. With neither weights nor train_on, a method that needs noisy images
     only learns from ``images``; one that needs clean images or pairs learns from simulated projections, at the SNR of
     ``images``, of the reference or the built-in ``channel``; and ``channel`` is the reference where none is given.
+    options: fields of the method's configuration, over those of the profile. A killed fit goes on from what is kept.
     ``say`` announces what is not the user's own.
     Raises CryobenchError for unknown methods, for what the method cannot use, for images that are not finite, and for
     stacks of different sizes or without clean images.
@@ -67,13 +75,19 @@ def prepare_method(
         raise CryobenchError(f"{name} learns from pairs of exposures, which --train-on cannot give: use --weights")
     if train_on and ctf is not None and method_class.uses_ctf:
         raise CryobenchError(f"{name} needs the CTF of what it learns from, and --ctf is that of the input only")
+    fields = {f.name for f in dataclasses.fields(method_class.Config)}
+    for option in options or {}:
+        if option not in fields:
+            raise CryobenchError(f"{name} takes no --{option}: leave it out, or use em3d")
+        if weights:
+            raise CryobenchError(f"--weights hold the settings of their fit: give them or --{option}")
     if ctf is not None and not method_class.uses_ctf:
         say(f"{name} makes no use of the CTF")
     if weights:
-        return method_class.load(_shipped(name, say) if weights == "shipped" else weights, device)
-    method = method_class(method_class.config_for(profile), device, seed)
+        return method_class.load(_shipped(name, say) if weights == "shipped" else weights, device), None
+    method = method_class(method_class.config_for(profile, **(options or {})), device, seed)
     if method_class.fit is Denoiser.fit:
-        return method
+        return method, None
     if train_on:
         train = _from_stacks(supervision, train_on, pixel_size)
     elif supervision in ("none", "sigma", "noisy"):
@@ -82,8 +96,54 @@ def prepare_method(
         train = _from_structure(reference, images, sigma, pixel_size, ctf, device, say)
     else:  # it learns from pairs, and of these images there are none
         train = _from_simulation(reference, supervision, images, sigma, pixel_size, profile, device, seed, say)
-    method.fit(train, Budget(progress=True))
-    return method
+    kept = _checkpoint(method, train, say) if method_class.trained else None
+    method.fit(train, Budget(checkpoint=kept))
+    return method, kept
+
+
+def _checkpoint(method: Denoiser, train: TrainingData, say: Callable[[str], None]) -> Path | None:
+    """The file of the cache for this very fit: no other data, settings, device or version of the code share its name.
+    None where the cache cannot be written."""
+    facts = [method.name, method.config, method.seed, method.device, train.supervision, train.pixel_size, train._sigma]
+    stacks = [train._noisy, train._clean]
+    if train.ctf is not None:
+        facts.append(train.ctf.optics)
+        stacks.append(train.ctf.defocus)
+    facts.append([None if stack is None else stack.shape for stack in stacks])
+    key = hashlib.sha256(repr(facts).encode())
+    for stack in stacks:
+        if stack is not None:
+            key.update(stack.cpu().contiguous().numpy().data)
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        key.update(file.read_bytes())
+    path = cache_dir() / "denoise" / f"{method.name}-{key.hexdigest()[:24]}.pt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        say(f"nothing is kept for the case that this is killed ({error}): set CRYOBENCH_CACHE to a folder for it")
+        return None
+    if path.exists():
+        say(f"going on from {path}")
+    return path
+
+
+def best_poses(method: Denoiser) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each image that em3d was fitted to, the likeliest pose, rotation (n, 3, 3) and shift (n, 2) in pixels; and its
+    half (n,), 1 or 2.
+
+    Raises CryobenchError where an image has none.
+    """
+    if not isinstance(method, em3d.Method):
+        raise CryobenchError(f"{method.name} finds no poses: em3d does")
+    modes, images = method.poses, torch.arange(len(method.subset))
+    order = modes.evidence().argsort(descending=True)
+    order = order[modes.owner[order].argsort(stable=True)]  # image by image, the best first
+    first = torch.searchsorted(modes.owner[order], images).clamp(max=len(order) - 1)
+    best = order[first]
+    if not torch.equal(modes.owner[best], images):
+        raise CryobenchError("there are images without a pose: no STAR file can be written")
+    return modes.rotations[best], modes.shifts[best], method.subset
 
 
 def _shipped(name: str, say: Callable[[str], None]) -> Path:

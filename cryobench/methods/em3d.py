@@ -115,8 +115,8 @@ class Method(Denoiser):
         level = float((views.data[:, :1] * gain).real.sum() / gain.square().sum().clamp(min=1e-30))
         self.state |= {
             "volume": result.whole,
-            "half1": result.references[0],
-            "half2": result.references[1],
+            "half1": result.raw[0],
+            "half2": result.raw[1],
         }
         share = {k: float(torch.cat([getattr(c, k) for c in fit.classes]).mean()) for k in ("view", "junk", "empty")}
         self.info = {

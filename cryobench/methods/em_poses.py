@@ -168,7 +168,7 @@ class PoseClimber:
         gain, shifts = views.gain[:, :low], shift_grid(self.climb.shift, self.frame.device)
         norm = gain.square() @ power.T / 2
         best = torch.full((n, len(real)), -math.inf, device=real.device)
-        where = torch.zeros(n, len(real), dtype=torch.uint8, device=real.device)
+        where = torch.zeros(n, len(real), dtype=torch.int16, device=real.device)
         for j, shift in enumerate(shifts):
             moved = views.data[:, :low] * gain * phases(shift[None], self.frame, low, back=True)
             scores = torch.view_as_real(moved).flatten(1) @ real.T - norm

@@ -58,9 +58,10 @@ class Collector:
 
 @dataclass(frozen=True)
 class Halves:
-    """references: the two halves' volumes (d, d, d), filtered; whole: that of all images, filtered; curve: Fourier
-    shell correlation of the unfiltered halves (d // 2 + 1,)."""
+    """raw: the two halves' volumes (d, d, d); references: the same, filtered; whole: of all images, filtered; curve:
+    Fourier shell correlation of raw (d // 2 + 1,)."""
 
+    raw: tuple[Tensor, Tensor]
     references: tuple[Tensor, Tensor]
     whole: Tensor
     curve: Tensor
@@ -74,7 +75,7 @@ class Halves:
 def combine(first: Collector, second: Collector) -> Halves:
     raw = first.volume(), second.volume()
     whole, *references = local_wiener(*raw)
-    return Halves((references[0], references[1]), whole, fsc(raw[0].cpu(), raw[1].cpu()))
+    return Halves(raw, (references[0], references[1]), whole, fsc(raw[0].cpu(), raw[1].cpu()))
 
 
 def collect(views: Views, modes: Modes, weight: Tensor, symmetry: str) -> Collector:
