@@ -56,7 +56,7 @@ class Config:
     start_band: float = 8.0
     start_spacing: float = 15.0
     cooling: float = 0.94
-    iterations: int = 8
+    iterations: int = 6
     spacing: float = 7.5
     band: float = 12.0
     modes: int = 6

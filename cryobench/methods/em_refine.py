@@ -1,7 +1,8 @@
 """Refinement of a volume by expectation-maximisation over the modes of each image's pose, in two independent halves.
 
-Each half of the images is compared with a volume of its own. What both agree on is signal, and the filter of
-:mod:`cryobench.methods.em_filter` leaves nothing else, in the halves as references and in the whole as the result.
+Each half of the images is compared with a volume of its own, but for the low frequencies where both are all but equal.
+What both agree on is signal, and the filter of :mod:`cryobench.methods.em_filter` leaves nothing else, in the halves as
+references and in the whole as the result.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ LIGHT = 0.01
 #: up to this frequency (cycles per image) samples are spread over eight cells: there they lie on few spheres, and the
 #: nearest cell is not a fair one
 LOW = 5
+#: shells in which the halves correlate at least this much have one reference for both, which keeps them from turning
+#: apart and their images from preferring their own noise (as RELION joins its halves at low resolution)
+JOIN = 0.8
 #: this part of a shell's mean weight is added to each cell, so that cells with next to none hold no great noise
 RIDGE = 0.01
 
@@ -52,8 +56,9 @@ class Collector:
         low, high = (b.volume(prior=RIDGE * b.shell_weights()).to(self.frame.device) for b in (self.low, self.high))
         d = len(high)
         low = resized(low, d)
-        radius = ring_index((d, d, d))[0].view(d, d, -1).to(high.device)
-        return torch.fft.irfftn(torch.where(radius <= LOW, torch.fft.rfftn(low), torch.fft.rfftn(high)), s=(d, d, d))
+        return torch.fft.irfftn(
+            torch.where(_rings(d, high.device) <= LOW, torch.fft.rfftn(low), torch.fft.rfftn(high)), s=(d, d, d)
+        )
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,21 @@ class Halves:
 
 def combine(first: Collector, second: Collector) -> Halves:
     raw = first.volume(), second.volume()
-    whole, *references = local_wiener(*raw)
-    return Halves(raw, (references[0], references[1]), whole, fsc(raw[0].cpu(), raw[1].cpu()))
+    whole, *own = local_wiener(*raw)
+    curve = fsc(raw[0].cpu(), raw[1].cpu())
+    # from the mean on, as far as the halves are all but equal
+    sure = torch.cat([curve[1:2], curve[1:]]).cummin(0).values >= JOIN
+    pick = torch.cat([sure, sure.new_zeros(1)]).to(whole.device)[_rings(len(whole), whole.device)]
+    both, shape = torch.fft.rfftn((own[0] + own[1]) / 2), tuple(whole.shape)
+    first_reference, second_reference = (
+        torch.fft.irfftn(torch.where(pick, both, torch.fft.rfftn(half)), s=shape) for half in own
+    )
+    return Halves(raw, (first_reference, second_reference), whole, curve)
+
+
+def _rings(size: int, device: torch.device) -> Tensor:
+    """The shell of each coefficient of rfftn of a volume."""
+    return ring_index((size,) * 3)[0].view(size, size, -1).to(device)
 
 
 def collect(views: Views, modes: Modes, weight: Tensor, symmetry: str) -> Collector:
