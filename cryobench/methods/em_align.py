@@ -96,7 +96,9 @@ def _climb(wanted: Tensor, planes: Tensor, table: SliceTable, frame: Frame, m: i
         j = torch.view_as_real(slopes.flatten(1) * scale).flatten(1)
         rest = torch.view_as_real(wanted - value * scale).flatten()
         h = j @ j.T
-        step = torch.linalg.solve(h + 1e-3 * torch.diag(h.diagonal()) + 1e-30 * torch.eye(len(h)), j @ rest)
+        step = torch.linalg.solve(
+            h + 1e-3 * torch.diag(h.diagonal()) + 1e-30 * torch.eye(len(h), device=h.device), j @ rest
+        )
         turn = turn @ turn_by(step[None, :3].clamp(-0.2, 0.2))[0]
         if shifts:
             shift = shift + step[3:].clamp(-2, 2)
