@@ -163,9 +163,9 @@ def test_cannot_learn_from_less_than_it_declares(name: str) -> None:
 
 @trained
 def test_learns_from_images_of_any_size(name: str) -> None:
-    """Odd and not square; ``cwf`` and the search for a reference's views need squares."""
+    """Odd and not square; ``cwf``, ``em3d`` and the search for a reference's views need squares."""
     supervision = METHODS[name].supervision
-    square = name == "cwf" or supervision == "reference"
+    square = name in ("cwf", "em3d") or supervision == "reference"
     clean = torch.nn.functional.pad(particles().clean[:8], (2, 1 if square else 7, 1, 2))
     first, second = (clean + 0.3 * noise(*clean.shape, seed=k) for k in range(2))
     reference = data("reference").reference if supervision == "reference" else None
