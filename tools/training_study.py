@@ -9,13 +9,11 @@ channel, seed 0), scored on its test images. Rows of other code or data are fitt
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
+import study
 import torch
 from torch import Tensor
 
@@ -117,19 +115,6 @@ def measure(row: dict[str, Any], run: Experiment) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def study() -> Iterator[dict[str, Any]]:
-    """What is measured so far, written back afterwards; two processes may take turns."""
-    FILE.parent.mkdir(parents=True, exist_ok=True)
-    with FILE.with_suffix(".lock.part").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        kept = json.loads(FILE.read_text()) if FILE.exists() else {"rows": []}
-        yield kept
-        partial = FILE.with_suffix(".part")
-        partial.write_text(json.dumps(kept, indent=1) + "\n")
-        partial.replace(FILE)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="rows whose part (curve, ablation, level) or name contains this")
@@ -140,13 +125,10 @@ def main() -> None:
             continue
         run = experiment(row["method"], row["options"], row["share"])
         row = json.loads(json.dumps({**row, "key": digest([row, run.inputs()])}))
-        with study() as kept:
-            if any(old["key"] == row["key"] for old in kept["rows"]):
-                continue
+        if study.known(FILE, row):
+            continue
         found = measure(row, run)
-        with study() as kept:
-            asked = set(row) - {"key"}
-            kept["rows"] = [old for old in kept["rows"] if any(old[k] != row[k] for k in asked)] + [row | found]
+        study.add(FILE, row, found)
         print(row["name"], row["share"], found["psnr"]["mean"], found["cpu_seconds"], flush=True)
 
 

@@ -94,38 +94,28 @@ class Method(Denoiser):
 
         Raises CryobenchError for images that are not square or fewer than 4, and BudgetSpent at its time limit.
         """
-        images, config = train.noisy, self.config
-        n, height, width = images.shape
-        if height != width or n < 4:
-            raise CryobenchError(f"em3d: {n} images of {width} x {height} px: it needs square boxes, at least 4")
-        group = symmetry_matrices(config.symmetry)
-        size = height
-        mask = corner_mask(size, size)
-        offset = float(images[:, mask].double().mean()) if mask.any() else float(images.double().mean())
-        sigma = max(train.sigma, LEAST_NOISE * float(images.double().std()))
-        frequencies = ring_frequencies((size, size))
-        power = radial_noise_power(images, frequencies)
-        self.state = {"noise_power": power.float().to(self.device)}
-        views = self._views(Frame(size, self.device), images - offset, sigma, train.ctf)
+        views, config, n = self.views_of(train), self.config, len(train.noisy)
         fit = Fit(views, config, self.seed, budget)
         fit.run()
         result = fit.result
         assert result is not None
-        gain = views.gain[:, :1].expand(n, 1)
-        level = float((views.data[:, :1] * gain).real.sum() / gain.square().sum().clamp(min=1e-30))
+        kinds = torch.zeros(3, n, device=self.device)  # view, junk, empty
+        for part, found in zip(fit.members, fit.classes, strict=True):
+            kinds[:, part] = torch.stack([found.view, found.junk, found.empty])
+        gain = views.gain[:, :1] * kinds[0, :, None]
+        level = float((views.data[:, :1] * gain).real.sum() / (gain * views.gain[:, :1]).sum().clamp(min=1e-30))
         self.state |= {
             "volume": result.whole,
             "half1": result.raw[0],
             "half2": result.raw[1],
         }
-        share = {k: float(torch.cat([getattr(c, k) for c in fit.classes]).mean()) for k in ("view", "junk", "empty")}
         self.info = {
-            "size": size, "pixel_size": train.pixel_size, "offset": offset, "level": level,
-            "ctf": train.ctf is not None, "n": n, "order": len(group),
+            **self.info, "size": views.frame.size, "pixel_size": train.pixel_size, "level": level,
+            "ctf": train.ctf is not None, "n": n, "order": len(fit.group),
             "fsc": [round(float(x), 4) for x in result.curve], "reach": result.reach(),
             "starts": len(fit.at["starts"]) // 2, "start_correlation": round(fit.at["correlation"], 4),
             "start_evidence": [round(e, 2) for e in fit.at["evidence"]], "likeness": fit.at.get("likeness"),
-            "classes": share, "seconds": round(fit.at["seconds"], 2),
+            "classes": dict(zip(("view", "junk", "empty"), kinds.mean(1).tolist(), strict=True)), "seconds": round(fit.at["seconds"], 2),
         }  # fmt: skip
         self.subset = torch.ones(n, dtype=torch.long)
         self.subset[fit.members[1].cpu()] = 2
@@ -166,6 +156,19 @@ class Method(Denoiser):
             classes.append(torch.stack([kinds.view, kinds.junk, kinds.empty], 1).cpu())
         self.classes = torch.cat(classes)
         return torch.cat(out)
+
+    def views_of(self, train: TrainingData) -> Views:
+        """The noisy images as the fit wants them; notes their background and the spectrum of their noise on the way."""
+        images = train.noisy
+        n, height, width = images.shape
+        if height != width or n < 4:
+            raise CryobenchError(f"em3d: {n} images of {width} x {height} px: it needs square boxes, at least 4")
+        mask = corner_mask(height, width)
+        offset = float(images[:, mask].double().mean()) if mask.any() else float(images.double().mean())
+        sigma = max(train.sigma, LEAST_NOISE * float(images.double().std()))
+        power = radial_noise_power(images, ring_frequencies((height, width)))
+        self.state, self.info = {"noise_power": power.float().to(self.device)}, {"offset": offset}
+        return self._views(Frame(height, self.device), images - offset, sigma, train.ctf)
 
     def _views(self, frame: Frame, images: Tensor, sigma: float, ctf: ContrastTransfer | None) -> Views:
         """Images (n, d, d) without their background, in units of the noise."""

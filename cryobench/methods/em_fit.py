@@ -84,11 +84,14 @@ class Fit:
             self._meet()
         return bool(self.at["correlation"] >= SAME or tried >= self.config.starts)
 
+    def first_volume(self, number: int) -> tuple[Tensor, float]:
+        """Attempt ``number`` (even: the first half's, odd: the second's), and its evidence."""
+        generator = torch.Generator().manual_seed(self.seed * 1009 + number)
+        return GridEM(self.halves[number % 2], self.config.annealing(), generator, self.config.shift).run()
+
     def _first_volumes(self) -> None:
         number = len(self.at["starts"])
-        generator = torch.Generator().manual_seed(self.seed * 1009 + number)
-        em = GridEM(self.halves[number % 2], self.config.annealing(), generator, self.config.shift)
-        volume, evidence = em.run()
+        volume, evidence = self.first_volume(number)
         self.at["starts"].append(volume.cpu())
         self.at["evidence"].append(evidence)
         self.at.pop("correlation", None)

@@ -46,11 +46,6 @@ class Collector:
         self.low.insert_slices(values[:, :near], weights[:, :near], rotations, points[:, :near])
         self.high.insert_slices(values[:, far:], weights[:, far:], rotations, points[:, far:])
 
-    def __add__(self, other: Collector) -> Collector:
-        both = Collector.__new__(Collector)
-        both.frame, both.low, both.high = self.frame, self.low + other.low, self.high + other.high
-        return both
-
     def volume(self) -> Tensor:
         """Least squares (d, d, d), on the frame's device."""
         low, high = (b.volume(prior=RIDGE * b.shell_weights()).to(self.frame.device) for b in (self.low, self.high))
