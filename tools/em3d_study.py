@@ -45,18 +45,28 @@ START = 3000
 
 
 def rows(structures: list[str]) -> Iterator[dict[str, Any]]:
-    def row(part: str, n: int, size: int = 64, snr: float = 0.1, symmetry: str = "C1", seed: int = 0, **other: Any) -> Any:
-        return {"part": part, "specimen": "channel", "n": n, "size": size, "snr": snr, "symmetry": symmetry,
-                "seed": seed, **other}  # fmt: skip
+    def row(
+        part: str, n: int, size: int = 64, snr: float = 0.1, symmetry: str = "C1", seed: int = 0, **other: Any
+    ) -> Any:
+        about = {
+            "part": part,
+            "specimen": "channel",
+            "n": n,
+            "size": size,
+            "snr": snr,
+            "symmetry": symmetry,
+            "seed": seed,
+        }
+        return about | other
 
     for seed in SEEDS:
         for n in (300, 1000, 3000, 20000):
             yield row("images", n, seed=seed)
         yield row("images", 3000, symmetry="C4", seed=seed)
-        yield row("size", 20000, size=128, seed=seed)
-    for specimen in ("transporter",):
-        yield row("images", 20000, specimen=specimen)
-        yield row("size", 20000, size=128, specimen=specimen)
+        yield row("size", 20000, size=128, symmetry="C4", seed=seed)
+    yield row("size", 20000, size=128)
+    yield row("images", 20000, specimen="transporter")
+    yield row("size", 20000, size=128, specimen="transporter", symmetry="C2")
     for snr in (0.05, 0.02, 0.01):
         for n in (3000, 20000):
             yield row("snr", n, snr=snr)
@@ -88,8 +98,8 @@ def gain(run: Experiment, denoised: Tensor) -> dict[str, Any]:
     errors = (denoised - run.test.clean).square().mean((1, 2)) / run.test.sigma**2
     summary = summarise(errors)
     low, high = summary["ci95"]
-    return {"mean": -10 * math.log10(summary["mean"]), "ci95": [-10 * math.log10(high), -10 * math.log10(max(low, 1e-9))],
-            "per_image": records.pack(errors.numpy())}  # fmt: skip
+    interval = [-10 * math.log10(max(error, 1e-9)) for error in (high, low)]
+    return {"mean": -10 * math.log10(summary["mean"]), "ci95": interval, "per_image": records.pack(errors.numpy())}
 
 
 def limit(run: Experiment) -> dict[str, Any]:
@@ -114,7 +124,7 @@ def of_fit(run: Experiment) -> dict[str, Any]:
     move = align(true, method.state["volume"], min(20, len(true) // 3))
     curve = fsc(true.cpu(), move.apply(method.state["volume"]).cpu())
     with_truth = Method(run.config, run.device, run.cell.seed)
-    with_truth.state, with_truth.info = {**method.state, "volume": true}, dict(method.info)
+    with_truth.state, with_truth.info = {**method.state, "volume": true}, {**method.info, "heat": 1.0}
     below = (curve[1:] < 0.5).nonzero()
     return {
         "gain": gain(run, denoised), "known_volume": gain(run, run.denoise(with_truth)[0]), "limit": limit(run),

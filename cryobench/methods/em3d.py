@@ -9,6 +9,7 @@ reference.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,7 +23,7 @@ from cryobench.imaging.rotations import random_rotations, symmetry_matrices
 from cryobench.imaging.slices import SliceTable
 from cryobench.methods import em_classes
 from cryobench.methods.base import Budget, Denoiser
-from cryobench.methods.em_fit import Fit, gains, volume_of_poses
+from cryobench.methods.em_fit import Fit, caution, gains, volume_of_poses
 from cryobench.methods.em_poses import Climb, Frame, Modes, PoseClimber, Views, mean_slices, sample_slices
 from cryobench.methods.em_start import Annealing
 from cryobench.methods.noise_level import corner_mask
@@ -44,9 +45,10 @@ class Config:
     off-centre by up to so many pixels. contrast: standard deviation of their gains around 1 (0: all alike).
 
     starts: first volumes that each half may try. start_band, start_spacing: frequencies up to which they are made,
-    cycles per image, and degrees of their grid; cooling: what the temperature is multiplied by. iterations: of the
-    refinement. spacing, band, modes: its grid, degrees; frequencies that the grid is compared at; poses of an image
-    that are followed.
+    cycles per image, and degrees of their grid; cooling: what the temperature is multiplied by. settling, settle_band:
+    at most so many iterations with frequencies up to this; iterations: of the refinement that follows. spacing, band,
+    modes: the grid of both, degrees; frequencies that it is compared at; poses of an image that are followed. folds: an
+    image is compared with a volume from the other folds of its half.
     """
 
     symmetry: str = "C1"
@@ -56,7 +58,10 @@ class Config:
     start_band: float = 8.0
     start_spacing: float = 15.0
     cooling: float = 0.94
-    iterations: int = 6
+    settling: int = 10
+    settle_band: float = 16.0
+    iterations: int = 3
+    folds: int = 4
     spacing: float = 7.5
     band: float = 12.0
     modes: int = 6
@@ -80,7 +85,9 @@ class Method(Denoiser):
         "smoke": {
             "starts": 1,
             "cooling": 0.8,
-            "iterations": 2,
+            "settling": 2,
+            "folds": 2,
+            "iterations": 1,
             "spacing": 15.0,
             "start_spacing": 20.0,
             "start_band": 6.0,
@@ -104,6 +111,8 @@ class Method(Denoiser):
             kinds[:, part] = torch.stack([found.view, found.junk, found.empty])
         gain = views.gain[:, :1] * kinds[0, :, None]
         level = float((views.data[:, :1] * gain).real.sum() / (gain * views.gain[:, :1]).sum().clamp(min=1e-30))
+        # of the whole volume's power more is signal than of a half's
+        heat = caution(2 * result.curve / (1 + result.curve), ring_power(result.whole, views.frame), math.inf)
         self.state |= {
             "volume": result.whole,
             "half1": result.raw[0],
@@ -113,14 +122,16 @@ class Method(Denoiser):
             **self.info, "size": views.frame.size, "pixel_size": train.pixel_size, "level": level,
             "ctf": train.ctf is not None, "n": n, "order": len(fit.group),
             "fsc": [round(float(x), 4) for x in result.curve], "reach": result.reach(),
+            "heat": heat, "settling": fit.at["settling"],
             "starts": len(fit.at["starts"]) // 2, "start_correlation": round(fit.at["correlation"], 4),
             "start_evidence": [round(e, 2) for e in fit.at["evidence"]], "likeness": fit.at.get("likeness"),
-            "classes": dict(zip(("view", "junk", "empty"), kinds.mean(1).tolist(), strict=True)), "seconds": round(fit.at["seconds"], 2),
+            "classes": dict(zip(("view", "junk", "empty"), kinds.mean(1).tolist(), strict=True)),
+            "seconds": round(fit.at["seconds"], 2),
         }  # fmt: skip
         self.subset = torch.ones(n, dtype=torch.long)
         self.subset[fit.members[1].cpu()] = 2
-        found = [replace(m, owner=part[m.owner]) for m, part in zip(fit.modes, fit.members, strict=True)]
-        self.poses = Modes(*(torch.cat(x).cpu() for x in zip(*(vars(m).values() for m in found), strict=True)))
+        poses = [replace(m, owner=part[m.owner]) for m, part in zip(fit.modes, fit.members, strict=True)]
+        self.poses = Modes(*(x.cpu() for x in vars(Modes.cat(poses)).values()))
 
     def denoise(self, images: Tensor, sigma: float | None = None, ctf: ContrastTransfer | None = None) -> Tensor:
         """Posterior means of images (n, h, w) at the pixel size learnt; sigma as in :class:`Denoiser`.
@@ -182,6 +193,7 @@ class Method(Denoiser):
     def _posterior(self, climber: PoseClimber, views: Views, power: Tensor) -> tuple[Tensor, em_classes.Classes]:
         """Mean coefficients (n, m) of the images without CTF, and what each shows."""
         contrast, scale = self.config.contrast, torch.ones(len(views), device=views.data.device)
+        views = views.tempered(self.info["heat"])
         modes = climber.run(views)
         mean, evidence = mean_slices(climber, views, modes)
         if contrast:

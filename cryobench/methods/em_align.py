@@ -88,7 +88,7 @@ def _climb(wanted: Tensor, planes: Tensor, table: SliceTable, frame: Frame, m: i
         value[:, 0] = 0
         if shifts:
             k = torch.einsum("nab,bm->anm", (turn @ planes)[:, :, :2], points)
-            slopes = torch.cat([slopes, -2j * math.pi / frame.size * k * value])
+            slopes = torch.cat([slopes, -2j * math.pi / frame.width * k * value])
         correlation = float((value.conj() * wanted).real.sum() / (value.norm() * wanted.norm()).clamp(min=1e-30))
         if correlation > best.correlation:
             best = Move(turn, shift, flip, correlation)

@@ -72,3 +72,13 @@ def classify(views: Views, evidence: Tensor, power: Tensor, volume_of_poses: flo
     strength = _strength(views, power)
     filtered = strength / (1 + strength) * views.data / views.gain.where(views.gain != 0, torch.inf)
     return Classes(weights[0], weights[1], weights[2], filtered)
+
+
+def worth(excess: Tensor) -> Tensor:
+    """Weights (n,) of images while the volume is still taking shape; excess (n,): log evidence of each being a view
+    over that of being junk. A crude volume fits no view well, and the more signal an image has the more its evidence
+    falls short of junk's, for some directions more than for others. So what counts little is only what is both, better
+    explained as junk and far below the bulk of the images."""
+    middle = excess.median()
+    spread = 1.5 * (excess - middle).abs().median() + 1e-6
+    return torch.sigmoid(torch.maximum(excess / 2 + 3, 2 * (excess - middle) / spread + 8))

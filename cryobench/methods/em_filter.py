@@ -10,11 +10,12 @@ on nothing, nothing is left; no mask is needed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from cryobench.imaging.rings import ring_index
+from cryobench.reconstruction.fourier import shells
 
 #: distance of the bands' centres, shells
 BAND = 3
@@ -24,15 +25,17 @@ SAMPLES = 60
 NARROW = 3.0
 
 
-def local_wiener(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Half maps (d, d, d), unfiltered, as (whole, first, second) filtered: the mean of the posterior given both, and
-    what each half alone is worth with these powers."""
+def local_wiener(first: Tensor, second: Tensor, parts: Sequence[Tensor] = (), share: float = 1.0) -> list[Tensor]:
+    """Half maps (d, d, d), unfiltered, as [whole, first, second, ...] filtered: the mean of the posterior given both,
+    and what each half alone is worth with these powers; then the same of ``parts``, maps from this share of a half's
+    images."""
     d = len(first)
-    radius = ring_index((d, d, d))[0].view(d, d, -1).to(first.device)
+    radius = shells(d, first.device)
     k = torch.fft.fftfreq(d, device=first.device)
     squared = k[:, None, None] ** 2 + k[:, None] ** 2 + torch.fft.rfftfreq(d, device=first.device) ** 2
     a, b = torch.fft.rfftn(first), torch.fft.rfftn(second)
-    out = [torch.zeros_like(first) for _ in range(3)]
+    others = [torch.fft.rfftn(part) for part in parts]
+    out = [torch.zeros_like(first) for _ in range(3 + len(others))]
     top = d // 2
     for centre in range(0, top + BAND, BAND):
         hat = (1 - (radius - centre).abs() / BAND).clamp(min=0) * (radius <= top)
@@ -46,6 +49,8 @@ def local_wiener(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]
         x, y = (torch.fft.irfftn(f * hat, s=(d, d, d)) for f in (a, b))
         signal = torch.fft.irfftn(torch.fft.rfftn(x * y) * blur, s=(d, d, d)).clamp(min=0)
         noise = float((x - y).square().mean()) / 2  # of a half
-        for target, band, power in zip(out, ((x + y) / 2, x, y), (noise / 2, noise, noise), strict=True):
+        bands = [(x + y) / 2, x, y, *(torch.fft.irfftn(f * hat, s=(d, d, d)) for f in others)]
+        powers = [noise / 2, noise, noise, *[noise / share] * len(others)]
+        for target, band, power in zip(out, bands, powers, strict=True):
             target += band * signal / (signal + power + 1e-30)
-    return out[0], out[1], out[2]
+    return out

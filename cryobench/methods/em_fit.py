@@ -12,6 +12,7 @@ import hashlib
 import math
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ from cryobench.methods.checkpoint import read_checkpoint, write_checkpoint
 from cryobench.methods.em_align import align, to_axes
 from cryobench.methods.em_poses import Climb, Modes, Views, phases, sample_slices, softmax
 from cryobench.methods.em_refine import Halves, collect, combine, expect
-from cryobench.methods.em_start import GridEM
+from cryobench.methods.em_start import GridEM, box_for
 from cryobench.methods.training import BudgetSpent
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 SAME = 0.98
 #: shells beyond those that the halves agree on, in which agreement is looked for next
 BEYOND = 4
+#: largest ratio of all slopes to those of the signal that is believed
+MOST_CAUTION = 3.0
 
 
 class Fit:
@@ -49,7 +52,8 @@ class Fit:
         self.group = symmetry_matrices(config.symmetry).to(views.frame.device, torch.float32)
         facts = [config, seed, views.data.shape, views.data[:, 1].sum().item(), views.gain.sum().item()]
         key = hashlib.sha256(repr(facts).encode()).hexdigest()
-        self.at: dict[str, Any] = {"key": key, "starts": [], "evidence": [], "iteration": 0, "seconds": 0.0}
+        self.at: dict[str, Any] = {"key": key, "starts": [], "evidence": [], "settling": [], "refined": 0}
+        self.at["seconds"] = 0.0
         #: the result: volumes and modes of the last iteration, what became of each image
         self.result: Halves | None = None
         self.modes: list[Modes] = []
@@ -71,9 +75,12 @@ class Fit:
         with self._bar:
             while not self._met():
                 self._first_volumes()
-            references = self._references()
-            for iteration in range(self.at["iteration"], config.iterations):
-                references = self._refine(references, iteration)
+            small = min(box_for(config.settle_band), self.halves[0].frame.size)
+            coarse = [half.shrunk(small) for half in self.halves]
+            for _ in range(len(self.at["settling"]), config.settling):
+                self._settle(coarse)
+            for _ in range(self.at["refined"], config.iterations):
+                self._refine()
 
     def _met(self) -> bool:
         """Whether there are enough first volumes: the best of both halves agree, or both have tried often enough."""
@@ -110,43 +117,70 @@ class Fit:
             first, second = turn.apply(first), turn.apply(second)
             self.at["likeness"] = likeness
         self.at["correlation"] = move.correlation
-        self.at["references"] = [first.cpu(), second.cpu()]
+        self.at["references"] = [[first.cpu()], [second.cpu()]]
 
-    def _references(self) -> list[Tensor]:
-        size, device = self.halves[0].frame.size, self.group.device
-        return [resized(volume.to(device), size) for volume in self.at["references"]]
+    def _settle(self, coarse: list[Views]) -> None:
+        """One iteration at low frequencies; most follow the poses of the one before, some search everywhere."""
+        done, config = len(self.at["settling"]), self.config
+        limit = config.band if done == 0 else math.inf
+        result = self._iterate(coarse, limit, everywhere=done == 0 or done % 4 == 1, judge=done > 0)
+        self.at["settling"].append(round(float(result.curve.mean()), 4))
+        self._keep(result)
+        self._tick(
+            f"settling {done + 1} of {config.settling}: mean correlation of the halves {self.at['settling'][-1]:.3f}"
+        )
 
-    def _refine(self, references: list[Tensor], iteration: int) -> list[Tensor]:
-        """One iteration over both halves. The first two search everywhere, and every third one from then on."""
-        config, last = self.config, iteration == self.config.iterations - 1
-        reach = self.at.get("reach", config.band - BEYOND)
-        climb = Climb(config.spacing, config.band, config.modes, shift=config.shift, limit=reach + BEYOND)
-        everywhere = iteration < 2 or iteration % 3 == 1 or not self.modes
-        sums, found = [], []
-        self.classes = []
-        for h, (half, reference) in enumerate(zip(self.halves, references, strict=True)):
-            views = half.scaled(self.gains[h]) if config.contrast else half
-            modes = expect(views, reference, self.group, climb, None if everywhere else self.modes[h])
+    def _refine(self) -> None:
+        """One iteration at all frequencies a little beyond those that the halves agree on."""
+        done, reach = self.at["refined"], self.at["reach"]
+        self.result = result = self._iterate(self.halves, reach + BEYOND, everywhere=False)
+        last = done == self.config.iterations - 1
+        if not last:  # a resumed fit does at least the last iteration, which makes the result
+            self.at["refined"] = done + 1
+            self._keep(result)
+        name = f"{'last ' if last else ''}iteration {done + 1} of {self.config.iterations}"
+        self._tick(f"{name}: the halves agree up to ring {result.reach()}")
+
+    def _iterate(self, halves: list[Views], limit: float, everywhere: bool, judge: bool = True) -> Halves:
+        """Poses of all images, and the volumes that follow from them."""
+        config, size, device = self.config, halves[0].frame.size, self.group.device
+        climb = Climb(config.spacing, config.band, config.modes, shift=config.shift, limit=limit)
+        heat = self.at.get("heat", 1.0)
+        sums, found, classes, powers = [], [], [], []
+        for h, half in enumerate(halves):
+            references = [resized(volume.to(device), size) for volume in self.at["references"][h]]
+            plain = half.scaled(self.gains[h]) if config.contrast else half
+            before = None if everywhere or not self.modes else self.modes[h]
+            views, number = plain.tempered(heat), torch.arange(len(half), device=device)
+            folds = [number[f :: config.folds] for f in range(config.folds)]
+            parts, slices = [], torch.zeros_like(views.data)
+            for f, fold in enumerate(folds):
+                reference = references[f % len(references)]
+                own = None if before is None else fold_of(before, f, config.folds)
+                modes = expect(views[fold], reference, self.group, climb, own)
+                slices[fold] = best_slices(views[fold], modes, reference)
+                parts.append(replace(modes, owner=fold[modes.owner]))
+            modes = Modes.cat(parts)
             weight, evidence = softmax(modes.evidence(), modes.owner, len(views))
-            slices = best_slices(views, modes, weight, reference)
-            power = em_classes.ring_means(slices, views.frame.radius)
-            poses = volume_of_poses(len(self.group), config.shift)
-            classes = em_classes.classify(views, evidence, power, poses)
-            if iteration > 0:  # at first the volume knows too little to judge
-                weight = weight * classes.view[modes.owner]
+            powers.append(em_classes.ring_means(slices, views.frame.radius))
+            kinds = em_classes.classify(views, evidence, powers[-1], volume_of_poses(len(self.group), config.shift))
+            if judge:  # at first the volume knows too little
+                weight = weight * kinds.view[modes.owner]
             if config.contrast:
                 self.gains[h] = gains(half, slices, config.contrast)
-            sums.append(collect(views, modes, weight, config.symmetry))
+            where = [(modes.owner % config.folds == f).nonzero()[:, 0] for f in range(config.folds)]
+            sums.append([collect(plain, modes[part], weight[part], config.symmetry) for part in where])
             found.append(modes)
-            self.classes.append(classes)
-        self.modes, self.result = found, combine(*sums)
-        if not last:  # a resumed fit does at least the last iteration, which makes the result
-            self.at.update(iteration=iteration + 1, reach=self.result.reach(), gains=[g.cpu() for g in self.gains])
-            self.at["references"] = [volume.cpu() for volume in self.result.references]
-            self.at["modes"] = [[x.cpu() for x in vars(modes).values()] for modes in found]
-        name = f"{'last ' if last else ''}iteration {iteration + 1} of {config.iterations}"
-        self._tick(f"{name}: the halves agree up to ring {self.result.reach()}")
-        return list(self.result.references)
+            classes.append(kinds)
+        self.modes, self.classes, result = found, classes, combine(*sums)
+        self.at["heat"] = caution(result.curve, (powers[0] + powers[1]) / 2, limit)
+        return result
+
+    def _keep(self, result: Halves) -> None:
+        """Take this as the state that the next iteration, or a resumed fit, goes on from."""
+        self.at.update(reach=result.reach(), gains=[g.cpu() for g in self.gains])
+        self.at["references"] = [[volume.cpu() for volume in half] for half in result.references]
+        self.at["modes"] = [[x.cpu() for x in vars(modes).values()] for modes in self.modes]
 
     def _tick(self, text: str) -> None:
         now = time.monotonic() - self._start
@@ -164,11 +198,34 @@ def volume_of_poses(order: int, shift: float) -> float:
     return 8 * math.pi**2 / order * (2 * math.ceil(shift) + 1) ** 2
 
 
-def best_slices(views: Views, modes: Modes, weight: Tensor, reference: Tensor) -> Tensor:
+def fold_of(modes: Modes, fold: int, folds: int) -> Modes:
+    """The modes of every ``folds``-th image from number ``fold`` on, numbered anew."""
+    mine = modes[(modes.owner % folds == fold).nonzero()[:, 0]]
+    return replace(mine, owner=mine.owner // folds)
+
+
+def caution(curve: Tensor, power: Tensor, limit: float) -> float:
+    """The heat at which images should be compared with a reference that is partly noise.
+
+    curve (rings,): correlation of the halves, the part of their power that is signal; power: of the slices of the
+    references, already filtered; up to ``limit``. A pose is as sharp as the slopes of the slice, |d slice / d pose|^2 ~
+    sum k^2 |S|^2 of a ring, and slopes of the noise count among them: with r times as much in the noise as in the
+    signal the curvature comes out 1 + r times too large, while the noise moves the top of the likelihood so that the
+    error's variance is 1 + r times larger than the signal's slopes say: (1 + r)^2 together.
+    """
+    rings = min(len(curve), len(power))
+    k = torch.arange(rings, device=power.device)
+    slope = torch.where(k <= limit, k**3 * power[:rings], 0)  # a ring has some pi k coefficients
+    signal = slope * curve[:rings].to(slope).clamp(0, 1)
+    return float((slope.sum() / signal.sum().clamp(min=1e-30)).clamp(1, MOST_CAUTION) ** 2)
+
+
+def best_slices(views: Views, modes: Modes, reference: Tensor) -> Tensor:
     """The slice (n, m) of each image's heaviest mode."""
-    top = torch.zeros(len(views), device=weight.device).scatter_reduce(0, modes.owner, weight, "amax")
-    chosen = (weight >= top[modes.owner]).nonzero()[:, 0]
-    place = torch.empty(len(views), dtype=torch.long, device=weight.device)
+    score = modes.evidence()
+    top = torch.full((len(views),), -math.inf, device=score.device).scatter_reduce(0, modes.owner, score, "amax")
+    chosen = (score >= top[modes.owner]).nonzero()[:, 0]
+    place = torch.empty(len(views), dtype=torch.long, device=score.device)
     place[modes.owner[chosen]] = chosen
     frame = views.frame
     slices = sample_slices(SliceTable(reference), modes.rotations[place], frame, len(frame.radius))

@@ -10,6 +10,7 @@ modes, whose curvature is their width: posteriors this narrow are Gaussian, and 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,11 +31,12 @@ CHUNK = {"cpu": 2**16, "cuda": 2**22}
 class Frame:
     """The Fourier coefficients of images (d, d) inside the Nyquist circle, by rising frequency.
 
-    pixels: places (m,) in rfft2's layout; points (2, m): kx, ky in cycles per image; radius (m,); multiplicity (m,).
+    pixels: places (m,) in rfft2's layout; points (2, m): kx, ky in cycles per image; radius (m,); multiplicity (m,);
+    width: of the box, in the pixels that shifts are counted in (d, but for a frame of images made smaller).
     """
 
-    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
-        self.size, self.device = size, torch.device(device)
+    def __init__(self, size: int, device: torch.device | str = "cpu", width: int | None = None) -> None:
+        self.size, self.device, self.width = size, torch.device(device), width or size
         ky = torch.fft.fftfreq(size, 1 / size)[:, None].expand(size, size // 2 + 1)
         kx = torch.arange(size // 2 + 1, dtype=torch.float32).expand_as(ky)
         radius = torch.hypot(kx, ky).flatten()
@@ -84,6 +86,16 @@ class Views:
         """With the model of each image multiplied by its gain (n,)."""
         return replace(self, gain=self.gain * gains[:, None])
 
+    def tempered(self, heat: float) -> Views:
+        """As if the variance of the noise were ``heat`` times as large."""
+        return replace(self, data=self.data * heat**-0.5, gain=self.gain * heat**-0.5)
+
+    def shrunk(self, size: int) -> Views:
+        """The same as images (size, size) of the same box: their low frequencies alone."""
+        frame = Frame(size, self.frame.device, self.frame.width)
+        m = len(frame.radius)  # in either frame the first, in the same order
+        return Views(frame, self.data[:, :m].contiguous(), self.gain[:, :m].contiguous())
+
     def __len__(self) -> int:
         return len(self.data)
 
@@ -108,7 +120,11 @@ class Modes:
         return self.score + self.spread.det().abs().log() + self.spread.shape[1] / 2 * math.log(2 * math.pi)
 
     def __getitem__(self, part: Tensor) -> Modes:
-        return Modes(*(x[part] for x in (self.owner, self.rotations, self.shifts, self.score, self.spread)))
+        return Modes(*(x[part] for x in vars(self).values()))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Modes]) -> Modes:
+        return cls(*(torch.cat(x) for x in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 def softmax(scores: Tensor, owner: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -160,7 +176,7 @@ class PoseClimber:
             some = views[start : start + step]
             modes = self._climb(some, *self._coarse(some, real, power))
             found.append(replace(modes, owner=modes.owner + start))
-        return Modes(*(torch.cat([getattr(m, k) for m in found]) for k in Modes.__dataclass_fields__))
+        return Modes.cat(found)
 
     def _coarse(self, views: Views, real: Tensor, power: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The best cells of each image, none beside a better one: owner, rotations, shifts."""
@@ -252,7 +268,7 @@ class PoseClimber:
             wave = phases(shifts[part], self.frame, m) if moves else None
             by_pose = [ky * gz, -kx * gz, kx * gy - ky * gx]
             if moves:
-                turns = -2j * math.pi / self.frame.size * value
+                turns = -2j * math.pi / self.frame.width * value
                 by_pose += [turns * kx, turns * ky]
             model = value * gain
             slopes = torch.stack(by_pose, 1) * gain[:, None]
@@ -293,7 +309,7 @@ def shift_grid(reach: float, device: torch.device) -> Tensor:
 
 def phases(shifts: Tensor, frame: Frame, m: int, back: bool = False) -> Tensor:
     """Factors (n, m) that move images by shifts (n, 2), pixels (x, y), or back."""
-    angle = (shifts @ frame.points[:, :m]) * (2 * math.pi / frame.size)
+    angle = (shifts @ frame.points[:, :m]) * (2 * math.pi / frame.width)
     return torch.polar(torch.ones_like(angle), angle if back else -angle)
 
 

@@ -110,9 +110,7 @@ class GridEM:
         sums = torch.view_as_complex(sums.view(len(rotations), m, 2).contiguous())
         back.insert_slices(sums[used], weights[used], rotations[used], frame.points[:, :m])
         evidence = torch.cat(own)
-        excess = evidence - self.junk
-        # images that junk explains better count little, but never more than half of them, nor before there is a shape
-        self.worth = torch.sigmoid((excess - excess.median().clamp(max=0)) / 2 + 3)
+        self.worth = em_classes.worth(evidence - self.junk)
         return back.volume(prior=RIDGE * back.shell_weights()).to(frame.device), float(evidence.mean())
 
 

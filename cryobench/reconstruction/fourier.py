@@ -16,11 +16,10 @@ from torch import Tensor
 
 from cryobench.errors import CryobenchError
 from cryobench.imaging.projection import checked_rotations, shift_phases
-from cryobench.imaging.rings import ring_index
 from cryobench.imaging.rotations import symmetry_matrices
 
 #: samples spread at once: a few working arrays of this length
-_CHUNK = 2**19
+_CHUNK = {"cpu": 2**19, "cuda": 2**24}
 
 
 class Backprojector:
@@ -78,7 +77,7 @@ class Backprojector:
         if not torch.isfinite(images).all():
             raise CryobenchError("images hold NaN or infinite values: mend or remove those images first")
         rotations = checked_rotations(rotations)
-        step = max(1, _CHUNK // self._points.shape[1])
+        step = self._step(self._points.shape[1])
         for start in range(0, n, step):
             part = slice(start, start + step)
             origin = torch.fft.ifftshift(images[part].to(self.device, torch.float32), dim=(-2, -1))
@@ -101,13 +100,17 @@ class Backprojector:
         share = torch.where(points[0] == 0, 0.5, 1.0).to(self.device)
         points = points.to(self.device) * (self._padded / self.size)
         self._slices += len(values) * len(self._symmetry)
-        step = max(1, _CHUNK // points.shape[1])
+        step = self._step(points.shape[1])
         for start in range(0, len(values), step):
             part = slice(start, start + step)
             turned = rotations[part].to(self.device, torch.float32)
             value, weight = (x[part].to(self.device) * share for x in (values, weights))
             for symmetry in self._symmetry:
                 self._spread(symmetry @ turned, value, weight, points)
+
+    def _step(self, points: int) -> int:
+        """How many slices of so many points are spread at once."""
+        return max(1, _CHUNK.get(self.device.type, 2**19) // points)
 
     def _spread(self, rotations: Tensor, values: Tensor, weights: Tensor, points: Tensor) -> None:
         position = (rotations[:, :, :2] @ points).transpose(0, 1).reshape(3, -1)  # x, y, z
@@ -145,11 +148,12 @@ class Backprojector:
         """Mean weight of the cells of each shell (size // 2 + 1,): what the samples there know, in units of one."""
         m = self._padded
         weight = _complete(self._weight.view(self._shape))
-        index, multiplicity = ring_index((m, m, m))
-        shell = (index * (self.size / m)).round().long().clamp(max=self.size // 2 + 1).to(self.device)
+        shell = (shells(m, self.device) * (self.size / m)).round().long().clamp(max=self.size // 2 + 1).flatten()
+        multiplicity = torch.full((m // 2 + 1,), 2.0, dtype=torch.float64, device=self.device)
+        multiplicity[[0, -1]] = 1  # of a conjugate pair the half space holds one
         sums = torch.zeros(2, self.size // 2 + 2, dtype=torch.float64, device=self.device)
-        for row, values in zip(sums, (weight.flatten(), torch.ones_like(weight).flatten()), strict=True):
-            row.index_add_(0, shell, values.double() * multiplicity.to(self.device))
+        for row, values in zip(sums, (weight, torch.ones_like(weight)), strict=True):
+            row.index_add_(0, shell, (values * multiplicity).flatten())
         return (sums[0] / sums[1].clamp(min=1))[:-1].float()
 
     @torch.no_grad()
@@ -164,16 +168,16 @@ class Backprojector:
         """
         d, m = self.size, self._padded
         total, weight = _complete(self._sum.view(self._shape)), _complete(self._weight.view(self._shape))
-        radius = ring_index((m, m, m))[0].view(weight.shape)
+        radius = shells(m, self.device)
         # a slice has (d / m)^2 samples per cell of its plane: 2 pi r of them fall on a shell of 4 pi r^2 cells
         least = floor * self._slices * (d / m) ** 2 / (2 * radius.clamp(min=1))
         least[radius > m // 2] = 0
         if prior is None:
-            weight = torch.maximum(weight, least.to(self.device))
+            weight = torch.maximum(weight, least)
         else:
             at = (radius * (d / m)).round().long().clamp(max=d // 2 + 1)
             beyond = torch.full((1,), torch.inf, device=self.device)
-            weight = weight + torch.cat([prior.to(self.device, torch.float32), beyond])[at.to(self.device)]
+            weight = weight + torch.cat([prior.to(self.device, torch.float32), beyond])[at]
         transform = torch.where(weight > 0, total / weight.where(weight > 0, 1.0), 0)
         if m == 2 * d:
             _fill_beside_origin(transform)
@@ -183,6 +187,15 @@ class Backprojector:
         axis = torch.arange(d, device=self.device) - d // 2
         kernel = torch.sinc(axis / m) ** (1 if self._nearest else 2)
         return (volume[inner, inner, inner] / (kernel[:, None, None] * kernel[:, None] * kernel)).cpu()
+
+
+@functools.lru_cache(maxsize=4)
+def shells(size: int, device: torch.device) -> Tensor:
+    """The whole number of cycles per box nearest to each frequency of rfftn of a volume (size, size, size // 2 + 1), on
+    the device, as far as size // 2; all beyond count as size // 2 + 1."""
+    k = torch.fft.fftfreq(size, 1 / size, device=device) ** 2
+    squared = k[:, None, None] + k[:, None] + torch.fft.rfftfreq(size, 1 / size, device=device) ** 2
+    return squared.sqrt().round().long().clamp(max=size // 2 + 1)
 
 
 @functools.cache
