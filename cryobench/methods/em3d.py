@@ -112,7 +112,8 @@ class Method(Denoiser):
         gain = views.gain[:, :1] * kinds[0, :, None]
         level = float((views.data[:, :1] * gain).real.sum() / (gain * views.gain[:, :1]).sum().clamp(min=1e-30))
         # of the whole volume's power more is signal than of a half's
-        heat = caution(2 * result.curve / (1 + result.curve), ring_power(result.whole, views.frame), math.inf)
+        curve = result.filtered_curve.clamp(min=0)
+        heat = caution(2 * curve / (1 + curve), ring_power(result.whole, views.frame), math.inf)
         self.state |= {
             "volume": result.whole,
             "half1": result.raw[0],

@@ -173,7 +173,9 @@ class Fit:
             found.append(modes)
             classes.append(kinds)
         self.modes, self.classes, result = found, classes, combine(*sums)
-        self.at["heat"] = caution(result.curve, (powers[0] + powers[1]) / 2, limit)
+        # images of near directions are drawn the same way by the same noise, which the next volume then shows more of:
+        # the square of what a single image needs was measured to be best
+        self.at["heat"] = caution(result.filtered_curve, (powers[0] + powers[1]) / 2, limit) ** 2
         return result
 
     def _keep(self, result: Halves) -> None:

@@ -72,12 +72,14 @@ class Collector:
 @dataclass(frozen=True)
 class Halves:
     """raw: the two halves' volumes (d, d, d); references: of each half one for each of its folds, without that fold's
-    images, filtered; whole: of all images, filtered; curve: Fourier shell correlation of raw (d // 2 + 1,)."""
+    images, filtered; whole: of all images, filtered; curve, filtered_curve: Fourier shell correlation (d // 2 + 1,) of
+    raw, and of the halves filtered."""
 
     raw: tuple[Tensor, Tensor]
     references: tuple[list[Tensor], list[Tensor]]
     whole: Tensor
     curve: Tensor
+    filtered_curve: Tensor
 
     def reach(self) -> int:
         """The last shell before the correlation first falls below 0.143."""
@@ -102,7 +104,8 @@ def combine(first: Sequence[Collector], second: Sequence[Collector]) -> Halves:
         return torch.fft.irfftn(both, s=tuple(own.shape))
 
     references = [joined(part, filtered[1 - k // folds]) for k, part in enumerate(filtered[2:])]
-    return Halves(raw, (references[:folds], references[folds:]), whole, curve)
+    filtered_curve = fsc(filtered[0].cpu(), filtered[1].cpu())
+    return Halves(raw, (references[:folds], references[folds:]), whole, curve, filtered_curve)
 
 
 def collect(views: Views, modes: Modes, weight: Tensor, symmetry: str) -> Collector:
