@@ -7,11 +7,12 @@ import pytest
 import torch
 from test_bayes import blobs, simulated
 from test_bayes import denoised as best_denoised
+from test_em_poses import Known, best_modes, generator, nearest_error, turn_vector
 from torch import Tensor
 
 from cryobench.errors import CryobenchError
 from cryobench.imaging.ctf import ContrastTransfer, Optics
-from cryobench.imaging.particles import Particles, Simulation, Simulator
+from cryobench.imaging.particles import Particles, Simulator
 from cryobench.imaging.projection import Projector
 from cryobench.imaging.rotations import random_rotations, symmetry_matrices
 from cryobench.imaging.slices import SliceTable, resized
@@ -19,161 +20,20 @@ from cryobench.imaging.training_data import TrainingData
 from cryobench.methods.base import Budget
 from cryobench.methods.em3d import Method, ring_power
 from cryobench.methods.em_align import Move, align, to_axes
-from cryobench.methods.em_classes import classify
+from cryobench.methods.em_classes import classify, worth
 from cryobench.methods.em_filter import local_wiener
 from cryobench.methods.em_fit import volume_of_poses
-from cryobench.methods.em_poses import Climb, Frame, Modes, PoseClimber, Views, mean_slices, turn_by
+from cryobench.methods.em_poses import Frame, Views, mean_slices
+from cryobench.methods.em_refine import Collector, combine
 from cryobench.methods.em_start import Annealing, GridEM
 from cryobench.methods.registry import get_method
 from cryobench.methods.training import BudgetSpent
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def decibels(out: Tensor, particles: Particles) -> float:
     """Gain of ``out`` over the noisy images."""
     clean = particles.clean
     return 10 * math.log10(float((particles.noisy - clean).square().mean() / (out - clean).square().mean()))
-
-
-def turn_vector(rotations: Tensor) -> Tensor:
-    """Vectors (n, 3) of rotations by less than half a turn: axis times angle."""
-    skew = (rotations - rotations.mT).double() / 2
-    axis = torch.stack([skew[:, 2, 1], skew[:, 0, 2], skew[:, 1, 0]], 1)
-    sine = axis.norm(dim=1, keepdim=True)
-    cosine = (rotations.diagonal(dim1=1, dim2=2).double().sum(1, keepdim=True) - 1) / 2
-    return axis / sine.clamp(min=1e-12) * torch.atan2(sine, cosine)
-
-
-def nearest_error(found: Tensor, truth: Tensor, group: Tensor) -> Tensor:
-    """Vectors (n, 3), in the image frame, from the equivalent of ``truth`` nearest to ``found``."""
-    every = torch.stack([found.mT @ (s @ truth) for s in group.float()])
-    best = every.diagonal(dim1=2, dim2=3).sum(2).argmax(0)
-    return turn_vector(every[best, torch.arange(len(found))])
-
-
-def best_modes(modes: Modes, n: int) -> Modes:
-    """The mode of the highest score of each image."""
-    top = torch.full((n,), -math.inf).scatter_reduce(0, modes.owner, modes.score, "amax")
-    chosen = (modes.score >= top[modes.owner]).nonzero()[:, 0]
-    chosen = chosen[modes.owner[chosen].argsort()]
-    assert modes.owner[chosen].tolist() == list(range(n))
-    return modes[chosen]
-
-
-def exact(simulator: Simulator) -> Simulator:
-    """Its projections are 1e-3 exact, those that the methods make are 1e-2: nobody is to share the errors."""
-    simulator.projector = Projector(simulator.volume, padding=5)
-    return simulator
-
-
-class Known:
-    """Images of a known volume, as the search wants them."""
-
-    def __init__(
-        self,
-        size: int,
-        snr: float,
-        n: int,
-        group: str = "C1",
-        ctf: bool = False,
-        shift: float = 0.0,
-        padding: float = 2.6,
-    ) -> None:
-        simulation = Simulation(size, 4.0, snr, ctf=ctf, shift=shift)
-        self.simulator = exact(Simulator(blobs(size, group), simulation, symmetry=group))
-        self.particles = self.simulator.simulate(n, seed=1)
-        self.frame, self.group = Frame(size), symmetry_matrices(group)
-        transfer = self.simulator.contrast_transfer(self.particles.defocus)
-        self.ctf = None if transfer is None else transfer.images(size)
-        self.table = SliceTable(self.simulator.volume * self.particles.scale, padding=padding)
-        self.climber = PoseClimber(self.table, self.frame, self.group, Climb(shift=shift))
-        self.views = self.of(self.particles.noisy - self.particles.offset)
-
-    def of(self, images: Tensor) -> Views:
-        return Views.of(self.frame, images, torch.tensor(self.particles.sigma), self.ctf)
-
-
-CASES = [
-    (32, "C1", False, 2.0),
-    (24, "C1", False, 0.0),
-    (25, "C1", True, 0.0),
-    (23, "C4", False, 0.0),
-    (24, "C4", True, 2.0),
-]
-
-
-@pytest.mark.parametrize(("size", "group", "ctf", "shift"), CASES)
-def test_finds_poses_without_noise(size: int, group: str, ctf: bool, shift: float) -> None:
-    known = Known(size, 1e4, 40, group, ctf, shift)
-    found = best_modes(known.climber.run(known.views), 40)
-    error = nearest_error(found.rotations, known.particles.rotations, known.group)
-    assert float(error.norm(dim=1).rad2deg().max()) < 1.0
-    assert float((found.shifts - known.particles.shifts).abs().max()) < 0.1
-
-
-@pytest.mark.parametrize(("size", "group", "ctf", "shift"), CASES[1:])
-def test_poses_are_as_exact_as_their_width_says(size: int, group: str, ctf: bool, shift: float) -> None:
-    known = Known(size, 10.0, 80, group, ctf, shift)
-    found = best_modes(known.climber.run(known.views), 80)
-    error = nearest_error(found.rotations, known.particles.rotations, known.group)
-    if shift:
-        error = torch.cat([error, (known.particles.shifts - found.shifts).double()], 1)
-    normal = torch.linalg.solve(found.spread.double(), error[..., None])[..., 0]
-    # chi-square with 3 or 5 degrees of freedom an image
-    assert float(normal.square().mean()) == pytest.approx(1, abs=4.5 * math.sqrt(2 / normal.numel()))
-
-
-@pytest.mark.parametrize(
-    ("size", "snr", "group", "ctf"), [(24, 0.2, "C1", False), (25, 1.0, "C1", True), (24, 0.5, "C4", False)]
-)
-def test_mean_slices_are_the_posterior_mean(size: int, snr: float, group: str, ctf: bool) -> None:
-    """Against a sum over ever finer grids of poses of the same volume."""
-    known = Known(size, snr, 20, group, ctf)
-    particles = known.particles
-    expected, method = best_denoised(known.simulator, particles)
-    mean, _ = mean_slices(known.climber, known.views, known.climber.run(known.views))
-    if known.ctf is not None:
-        mean = mean * known.ctf.flatten(1)[:, known.frame.pixels]
-    found = known.frame.images(mean) + particles.offset
-    error, least = (float((x - particles.clean).square().mean()) for x in (found, expected))
-    assert error < 1.06 * least
-    assert float((found - expected).square().mean()) < 0.1 * method.info["limit"]["posterior_variance"]
-
-
-@pytest.mark.parametrize(("snr", "padding", "bound"), [(100.0, 6.0, 0.1), (10.0, 2.6, 0.45)])
-def test_evidence_is_the_integral_over_the_mode(snr: float, padding: float, bound: float) -> None:
-    """Against a sum over a fine grid around the mode, in the three angles. The Gaussian needs a narrow posterior and a
-    fine table (with interpolation errors it is up to 0.4 off), the points on the ellipsoid do not."""
-    known = Known(24, snr, 6, padding=padding)
-    modes = best_modes(known.climber.run(known.views), 6)
-    step = 0.75
-    axis = torch.arange(-6, 7) * step
-    u = torch.cartesian_prod(axis, axis, axis)
-    _, of_points = mean_slices(known.climber, known.views, modes)
-    for i in range(6):
-        model = known.table.sample(modes.rotations[i] @ turn_by(u @ modes.spread[i].T), known.frame.points)
-        data = known.views.data[i]
-        scores = ((data.abs().square() - (data - model * known.views.gain).abs().square()).sum(1) / 2).double()
-        integral = float(scores.logsumexp(0) + modes.spread[i].det().abs().log() + 3 * math.log(step))
-        assert float(of_points[i]) == pytest.approx(integral, abs=0.1)
-        assert float(modes.evidence()[i]) == pytest.approx(integral, abs=bound)
-
-
-def test_shifts_and_gains_of_views() -> None:
-    """The likelihood is that of white noise in the pixels."""
-    size = 15
-    images, model = torch.randn(2, 3, size, size, generator=generator(1))
-    frame = Frame(size)
-    inside = frame.images(frame.transform(images))
-    views = Views.of(frame, images, torch.tensor(0.7))
-    shown = Views.of(frame, model, torch.tensor(0.7)).data
-    expected = (inside - frame.images(frame.transform(model))).square().sum((1, 2)) / 0.7**2
-    torch.testing.assert_close((views.data - shown).abs().square().sum(1), expected, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(frame.transform(inside), frame.transform(images), rtol=1e-4, atol=1e-3)
-    assert torch.equal(views.scaled(torch.tensor([1.0, 2.0, 3.0])).gain[1], 2 * views.gain[0])
 
 
 @pytest.mark.parametrize("size", [32, 33])
@@ -266,9 +126,44 @@ def test_views_junk_and_empty_boxes_are_told_apart() -> None:
     assert float((kept - field).square().mean()) < 0.4 * float(noise[0].square().mean())
 
 
-def test_first_volumes_are_the_particle() -> None:
+def test_what_counts_while_the_volume_takes_shape() -> None:
+    n, noise = 101, torch.randn(101, generator=generator(13))
+    faint = worth(noise - 2)  # views that junk explains about as well
+    assert float(faint.min()) > 0.5
+    crude = worth(50 * noise - 300)  # much signal, and a volume that fits none of the views
+    assert float(crude.mean()) > 0.99
+    mixed = worth(torch.cat([5 * noise + 100, -200 + 5 * noise[: n // 5]]))
+    assert float(mixed[:n].min()) > 0.99
+    assert float(mixed[n:].max()) < 0.01
+
+
+def test_no_fold_is_in_its_own_reference() -> None:
+    """Slices of one volume and noise, the poses known: what is special to a fold is missing in its reference."""
+    size, n, folds = 16, 400, 4
+    frame, rotations = Frame(size), random_rotations(n, generator(14))
+    slices = SliceTable(blobs(size)).sample(rotations, frame.points)
+    slices += torch.view_as_complex(torch.randn(*slices.shape, 2, generator=generator(15))) * float(
+        slices[:, 1:].abs().std()
+    )
+    parts = []
+    for k in range(2 * folds):
+        parts.append(Collector(frame, "C1"))
+        parts[-1].insert(
+            slices[k :: 2 * folds], torch.ones_like(slices[k :: 2 * folds].real), rotations[k :: 2 * folds]
+        )
+    halves = combine(parts[:folds], parts[folds:])
+    for half, own in ((0, parts[:folds]), (1, parts[folds:])):
+        alone = torch.stack([part.volume() for part in own])
+        references = torch.stack(halves.references[half])
+        special, seen = alone - alone.mean(0), references - references.mean(0)
+        match = torch.nn.functional.cosine_similarity(special.flatten(1), seen.flatten(1))
+        assert float(match.max()) < -0.3, match
+
+
+@pytest.mark.parametrize("snr", [0.5, 8.0])
+def test_first_volumes_are_the_particle(snr: float) -> None:
     """From two seeds, in whatever orientation and hand."""
-    simulator, particles = simulated(32, 0.5, 300)
+    simulator, particles = simulated(32, snr, 300)
     views = Views.of(Frame(32), particles.noisy - particles.offset, torch.tensor(particles.sigma))
     annealing = Annealing(band=6.0, spacing=24.0, rate=0.85)
     for seed in (0, 1):
@@ -280,6 +175,7 @@ def test_first_volumes_are_the_particle() -> None:
 
 QUICK = {
     "starts": 1,
+    "settling": 4,
     "iterations": 2,
     "spacing": 15.0,
     "start_spacing": 24.0,

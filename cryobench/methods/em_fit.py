@@ -213,7 +213,8 @@ def caution(curve: Tensor, power: Tensor, limit: float) -> float:
     references, already filtered; up to ``limit``. A pose is as sharp as the slopes of the slice, |d slice / d pose|^2 ~
     sum k^2 |S|^2 of a ring, and slopes of the noise count among them: with r times as much in the noise as in the
     signal the curvature comes out 1 + r times too large, while the noise moves the top of the likelihood so that the
-    error's variance is 1 + r times larger than the signal's slopes say: (1 + r)^2 together.
+    error's variance is 1 + r times larger than the signal's slopes say: (1 + r)^2 together, where the noise fills no
+    more of the box than the signal, as the filter leaves it.
     """
     rings = min(len(curve), len(power))
     k = torch.arange(rings, device=power.device)
