@@ -38,6 +38,35 @@ def test_training_rate():
     assert "unknown of the peak" in done.stdout
 
 
+def test_a_study_measures_each_row_once_and_again_with_other_code(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import study
+
+    file = tmp_path / "rows.json"
+    row = {"n": 3, "seed": 0, "key": "old code"}
+    assert not study.known(file, row)
+    study.add(file, row, {"gain": 1.0})
+    study.add(file, {**row, "seed": 1}, {"gain": 2.0})
+    assert study.known(file, row)
+    assert not study.known(file, {**row, "key": "new code"})
+    study.add(file, {**row, "key": "new code"}, {"gain": 3.0})
+    kept = json.loads(file.read_text())["rows"]
+    assert [(r["seed"], r["key"], r["gain"]) for r in kept] == [(1, "old code", 2.0), (0, "new code", 3.0)]
+
+
+def test_rows_of_the_em3d_study_stay_below_the_limit():
+    rows = json.loads((ROOT / "results" / "shipped" / "em3d.json").read_text())["rows"]
+    fits = [row for row in rows if row["part"] != "start"]
+    assert len(fits) > 20
+    assert len(rows) > len(fits)
+    for row in fits:
+        low, high = row["gain"]["ci95"]
+        assert low < row["gain"]["mean"] < high
+        assert row["gain"]["mean"] < row["known_volume"]["mean"] < row["limit"]["mean"] + 0.05, row["key"]
+        assert row["fit_seconds"] > 0
+        assert row["machine"]["device"]
+
+
 def test_a_new_method_passes_its_test_conformance_and_a_run(copy):
     made = run(copy, "-m", "cryobench", "new-method", "my-shrink")
     assert made.returncode == 0, made.stderr
