@@ -280,6 +280,8 @@ def test_refuses_what_it_cannot_do() -> None:
     for images in (few, wide):
         with pytest.raises(CryobenchError, match="em3d"):
             fitted(TrainingData("noisy", images, None, 1.0, 4.0))
+    tiny = torch.randn(5, 16, 16)  # fewer than folds
+    assert fitted(TrainingData("noisy", tiny, None, 1.0, 4.0), **SMALL).denoise(tiny, 1.0).shape == tiny.shape
     with pytest.raises(CryobenchError, match="fit"):
         Method().denoise(few, 1.0)
     ctf = ContrastTransfer(Optics(pixel_size=4.0), torch.tensor([[15000.0, 14000.0, 20.0]]).expand(20, 3))

@@ -49,6 +49,7 @@ class Fit:
         #: which images (n / 2,) the halves are
         self.members = [part.sort().values.to(views.frame.device) for part in order.chunk(2)]
         self.halves = [views[part] for part in self.members]
+        self.folds = max(2, min(config.folds, len(self.members[1])))  # none is empty
         self.group = symmetry_matrices(config.symmetry).to(views.frame.device, torch.float32)
         facts = [config, seed, views.data.shape, views.data[:, 1].sum().item(), views.gain.sum().item()]
         key = hashlib.sha256(repr(facts).encode()).hexdigest()
@@ -152,11 +153,11 @@ class Fit:
             plain = half.scaled(self.gains[h]) if config.contrast else half
             before = None if everywhere or not self.modes else self.modes[h]
             views, number = plain.tempered(heat), torch.arange(len(half), device=device)
-            folds = [number[f :: config.folds] for f in range(config.folds)]
+            folds = [number[f :: self.folds] for f in range(self.folds)]
             parts, slices = [], torch.zeros_like(views.data)
             for f, fold in enumerate(folds):
                 reference = references[f % len(references)]
-                own = None if before is None else fold_of(before, f, config.folds)
+                own = None if before is None else fold_of(before, f, self.folds)
                 modes = expect(views[fold], reference, self.group, climb, own)
                 slices[fold] = best_slices(views[fold], modes, reference)
                 parts.append(replace(modes, owner=fold[modes.owner]))
@@ -168,7 +169,7 @@ class Fit:
                 weight = weight * kinds.view[modes.owner]
             if config.contrast:
                 self.gains[h] = gains(half, slices, config.contrast)
-            where = [(modes.owner % config.folds == f).nonzero()[:, 0] for f in range(config.folds)]
+            where = [(modes.owner % self.folds == f).nonzero()[:, 0] for f in range(self.folds)]
             sums.append([collect(plain, modes[part], weight[part], config.symmetry) for part in where])
             found.append(modes)
             classes.append(kinds)

@@ -113,15 +113,19 @@ class Backprojector:
         return max(1, _CHUNK.get(self.device.type, 2**19) // points)
 
     def _spread(self, rotations: Tensor, values: Tensor, weights: Tensor, points: Tensor) -> None:
-        position = (rotations[:, :, :2] @ points).transpose(0, 1).reshape(3, -1)  # x, y, z
-        value, weight = values.reshape(-1), weights.reshape(-1)
-        opposite = position[0] < 0
-        position = torch.where(opposite, -position, position)
-        value = torch.where(opposite, value.conj(), value)
         m, _, nx = self._shape
+        position = (rotations[:, :, :2].transpose(0, 1).reshape(-1, 2) @ points).view(3, -1)  # x, y, z
+        # the half at x < 0 is that of the conjugates
+        sign = torch.where(position[0] < 0, -1.0, 1.0)
+        position *= sign
+        parts = torch.view_as_real(values.reshape(-1)).clone()
+        parts[:, 1] *= sign
+        value, weight = torch.view_as_complex(parts), weights.reshape(-1)
         if self._nearest:
-            x, y, z = position.round().long()
-            cell = (z % m * m + y % m) * nx + x
+            place = position.round_()
+            place[1:] += m * (place[1:] < 0)
+            x, y, z = place.to(torch.int32 if len(self._sum) < 2**31 else torch.int64)
+            cell = (z * m + y) * nx + x
             self._sum.index_add_(0, cell, value)
             self._weight.index_add_(0, cell, weight)
             return
