@@ -152,7 +152,7 @@ def memory() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="rows whose description contains this, as in 'images n=300 '")
+    parser.add_argument("--only", default="", help="rows whose description contains this, as in 'n=300 '")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--file", type=Path, default=FILE)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no row after so many")

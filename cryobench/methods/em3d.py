@@ -46,9 +46,9 @@ class Config:
 
     starts: first volumes that each half may try. start_band, start_spacing: frequencies up to which they are made,
     cycles per image, and degrees of their grid; cooling: what the temperature is multiplied by. settling, settle_band:
-    at most so many iterations with frequencies up to this; iterations: of the refinement that follows. spacing, band,
-    modes: the grid of both, degrees; frequencies that it is compared at; poses of an image that are followed. folds: an
-    image is compared with a volume from the other folds of its half.
+    so many iterations with frequencies up to this; iterations: of the refinement that follows. spacing, band,
+    modes: the grid of both, degrees; frequencies that it is compared at; poses of an image that are followed. folds
+    (at least 2): an image is compared with a volume from the other folds of its half.
     """
 
     symmetry: str = "C1"
