@@ -259,8 +259,12 @@ def test_saved_and_loaded_it_denoises_alike(whole: tuple[Simulator, Particles, M
     _, particles, method = whole
     method.save(tmp_path / "em3d")
     few = particles.noisy[:4]
-    out = Method.load(tmp_path / "em3d").denoise(few, particles.sigma)
-    torch.testing.assert_close(out, method.denoise(few, particles.sigma))
+    loaded = Method.load(tmp_path / "em3d")
+    torch.testing.assert_close(loaded.denoise(few, particles.sigma), method.denoise(few, particles.sigma))
+    assert isinstance(loaded, Method)
+    # a notebook whose fit is in the cache needs them
+    assert torch.equal(loaded.poses.rotations, method.poses.rotations)
+    assert loaded.subset.bincount().tolist() == [0, len(particles) // 2, len(particles) // 2]
     # of another shape: filled up with background, or only a part seen
     wide = torch.nn.functional.pad(few, (3, 2, 0, 0), value=particles.offset)
     assert method.denoise(wide, particles.sigma).shape == (4, 32, 37)

@@ -195,12 +195,13 @@ def test_the_likeliest_pose_of_each_image_is_taken() -> None:
     # of image 1 the third has the highest score, but the fourth, far wider, the evidence
     modes = Modes(torch.tensor([1, 0, 1, 1]), rotations, shifts, torch.tensor([0.0, -9.0, 5.0, 4.0]), spread)
     method = em3d.Method()
-    method.poses, method.subset = modes, torch.tensor([2, 1])
+    method.state = {"volume": torch.zeros(4, 4, 4), **{f"poses.{name}": x for name, x in vars(modes).items()}}
+    method.state["subset"] = torch.tensor([2, 1])
     found, moved, subset = best_poses(method)
     assert torch.equal(found, rotations[[1, 3]])
     assert torch.equal(moved, shifts[[1, 3]])
     assert subset.tolist() == [2, 1]
-    method.subset = torch.tensor([2, 1, 1])
+    method.state["subset"] = torch.tensor([2, 1, 1])
     with pytest.raises(CryobenchError, match="without a pose"):
         best_poses(method)
 

@@ -44,21 +44,15 @@ SEEDS = range(3)
 START = 3000
 
 
-def rows(structures: list[str]) -> Iterator[dict[str, Any]]:
-    def row(
-        part: str, n: int, size: int = 64, snr: float = 0.1, symmetry: str = "C1", seed: int = 0, **other: Any
-    ) -> Any:
-        about = {
-            "part": part,
-            "specimen": "channel",
-            "n": n,
-            "size": size,
-            "snr": snr,
-            "symmetry": symmetry,
-            "seed": seed,
-        }
-        return about | other
+def row(
+    part: str, n: int, specimen: str = "channel", size: int = 64, snr: float = 0.1, symmetry: str = "C1", seed: int = 0
+) -> dict[str, Any]:
+    return {
+        "part": part, "specimen": specimen, "n": n, "size": size, "snr": snr, "symmetry": symmetry, "seed": seed,
+    }  # fmt: skip
 
+
+def rows(structures: list[str]) -> Iterator[dict[str, Any]]:
     for seed in SEEDS:
         for n in (300, 1000, 3000, 20000):
             yield row("images", n, seed=seed)
@@ -159,17 +153,17 @@ def main() -> None:
     parser.add_argument("--structure", action="append", default=[], metavar="NAME=FILE")
     args = parser.parse_args()
     files = dict(pair.split("=", 1) for pair in args.structure)
-    for row in rows(list(files)):
-        name = " ".join([row["part"], *(f"{k}={v}" for k, v in row.items() if k != "part"), ""])
+    for asked in rows(list(files)):
+        name = " ".join([asked["part"], *(f"{k}={v}" for k, v in asked.items() if k != "part"), ""])
         if args.only not in name or time.perf_counter() - STARTED > args.seconds:
             continue
-        run = experiment(row, "em3d", args.device, files.get(row["specimen"], row["specimen"]))
-        row = json.loads(json.dumps({**row, "device": args.device, "key": digest([row, run.inputs()])}))
-        if study.known(args.file, row):
+        run = experiment(asked, "em3d", args.device, files.get(asked["specimen"], asked["specimen"]))
+        keyed = json.loads(json.dumps({**asked, "device": args.device, "key": digest([asked, run.inputs()])}))
+        if study.known(args.file, keyed):
             continue
-        found = of_start(run) if row["part"] == "start" else of_fit(run)
-        study.add(args.file, row, {**found, "machine": records.machine(run.device)})
-        shown = f"correlation {found['correlation']:.4f}" if row["part"] == "start" else (
+        found = of_start(run) if asked["part"] == "start" else of_fit(run)
+        study.add(args.file, keyed, {**found, "machine": records.machine(run.device)})
+        shown = f"correlation {found['correlation']:.4f}" if asked["part"] == "start" else (
             f"gain {found['gain']['mean']:.2f} dB, volume known {found['known_volume']['mean']:.2f}, "
             f"limit {found['limit']['mean']:.2f}"
         )  # fmt: skip

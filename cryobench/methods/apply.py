@@ -136,14 +136,15 @@ def best_poses(method: Denoiser) -> tuple[Tensor, Tensor, Tensor]:
     """
     if not isinstance(method, em3d.Method):
         raise CryobenchError(f"{method.name} finds no poses: em3d does")
-    modes, images = method.poses, torch.arange(len(method.subset))
+    modes, subset = method.poses, method.subset
+    images = torch.arange(len(subset))
     order = modes.evidence().argsort(descending=True)
     order = order[modes.owner[order].argsort(stable=True)]  # image by image, the best first
     first = torch.searchsorted(modes.owner[order], images).clamp(max=len(order) - 1)
     best = order[first]
     if not torch.equal(modes.owner[best], images):
         raise CryobenchError("there are images without a pose: no STAR file can be written")
-    return modes.rotations[best], modes.shifts[best], method.subset
+    return modes.rotations[best], modes.shifts[best], subset
 
 
 def _shipped(name: str, say: Callable[[str], None]) -> Path:

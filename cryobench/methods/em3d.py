@@ -10,7 +10,7 @@ reference.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -24,6 +24,7 @@ from cryobench.imaging.slices import SliceTable
 from cryobench.methods import em_classes
 from cryobench.methods.base import Budget, Denoiser
 from cryobench.methods.em_fit import Fit, caution, gains, volume_of_poses
+from cryobench.methods.em_noise import learn_levels, noise_variances
 from cryobench.methods.em_poses import Climb, Frame, Modes, PoseClimber, Views, mean_slices, sample_slices
 from cryobench.methods.em_start import Annealing
 from cryobench.methods.noise_level import corner_mask
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 IMAGES = {"cpu": 256, "cuda": 4096}
 #: noise weaker than this part of the images' standard deviation is taken for this much: float32 has its limits
 LEAST_NOISE = 0.05
+#: images differ in noise where this part of what their corners differ by is not scatter
+UNEVEN = 0.2
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,7 @@ class Method(Denoiser):
 
     def fit(self, train: TrainingData, budget: Budget) -> None:
         """Reconstruct the volume from the noisy images. ``info`` then has the correlation of the halves per ring, what
-        became of the images, and times; ``poses`` (:class:`Modes`) where each came from, and ``subset`` (n,), 1 or 2,
-        the half it was in.
+        became of the images, and times; :attr:`poses` where each came from, and :attr:`subset` the half it was in.
 
         Raises CryobenchError for images that are not square or fewer than 4, and BudgetSpent at its time limit.
         """
@@ -129,10 +131,26 @@ class Method(Denoiser):
             "classes": dict(zip(("view", "junk", "empty"), kinds.mean(1).tolist(), strict=True)),
             "seconds": round(fit.at["seconds"], 2),
         }  # fmt: skip
-        self.subset = torch.ones(n, dtype=torch.long)
-        self.subset[fit.members[1].cpu()] = 2
         poses = [replace(m, owner=part[m.owner]) for m, part in zip(fit.modes, fit.members, strict=True)]
-        self.poses = Modes(*(x.cpu() for x in vars(Modes.cat(poses)).values()))
+        self.state |= {f"poses.{name}": x for name, x in vars(Modes.cat(poses)).items()}
+        self.state["subset"] = torch.ones(n, dtype=torch.long, device=self.device)
+        self.state["subset"][fit.members[1]] = 2
+
+    @property
+    def poses(self) -> Modes:
+        """Where the images of the fit came from (on the CPU). Raises CryobenchError when not fitted."""
+        self._need_volume()
+        return Modes(*(self.state[f"poses.{field.name}"].cpu() for field in fields(Modes)))
+
+    @property
+    def subset(self) -> Tensor:
+        """The half (n,), 1 or 2, that each image of the fit was in. Raises CryobenchError when not fitted."""
+        self._need_volume()
+        return self.state["subset"].cpu()
+
+    def _need_volume(self) -> None:
+        if "volume" not in self.state:
+            raise CryobenchError("em3d knows no volume yet: fit it to noisy images, or load weights")
 
     def denoise(self, images: Tensor, sigma: float | None = None, ctf: ContrastTransfer | None = None) -> Tensor:
         """Posterior means of images (n, h, w) at the pixel size learnt; sigma as in :class:`Denoiser`.
@@ -141,8 +159,7 @@ class Method(Denoiser):
         ``classes`` (n, 3) has the probabilities of view, junk and empty of the stack denoised last. Raises
         CryobenchError when not fitted, and where the CTF is missing.
         """
-        if "volume" not in self.state:
-            raise CryobenchError("em3d knows no volume yet: fit it to noisy images, or load weights")
+        self._need_volume()
         if self.info["ctf"] and ctf is None:
             raise CryobenchError("em3d learnt from images with a CTF: it needs that of these images too")
         height, width = images.shape[1:]
@@ -159,7 +176,7 @@ class Method(Denoiser):
         out, classes = [], []
         for part in torch.arange(len(images)).split(IMAGES.get(self.device.type, 256)):
             own = ctf[part] if ctf is not None and self.info["ctf"] else None
-            views = self._views(frame, fit_into(images[part] - offset, (size, size)), noise, own)
+            views = self._views(frame, images[part] - offset, noise, own)
             mean, kinds = self._posterior(climber, views, power)
             if own is not None:
                 mean = mean * own.images(size, self.device).flatten(1)[:, frame.pixels]
@@ -179,17 +196,22 @@ class Method(Denoiser):
         offset = float(images[:, mask].double().mean()) if mask.any() else float(images.double().mean())
         sigma = max(train.sigma, LEAST_NOISE * float(images.double().std()))
         power = radial_noise_power(images, ring_frequencies((height, width)))
-        self.state, self.info = {"noise_power": power.float().to(self.device)}, {"offset": offset}
+        self.state = {"noise_power": power.float().to(self.device)}
+        self.info = {"offset": offset, "noise": learn_levels(images, sigma)}
         return self._views(Frame(height, self.device), images - offset, sigma, train.ctf)
 
     def _views(self, frame: Frame, images: Tensor, sigma: float, ctf: ContrastTransfer | None) -> Views:
-        """Images (n, d, d) without their background, in units of the noise."""
+        """Images (n, h, w) without their background, in units of the noise."""
         known = self.state["noise_power"]
         place = (2 * frame.radius / frame.size).clamp(max=1) * (len(known) - 1)
         low = place.floor().long().clamp(max=len(known) - 2)
         power = known[low].lerp(known[low + 1], place - low)
         transfer = None if ctf is None else ctf.images(frame.size, self.device)
-        return Views.of(frame, images, sigma * power.sqrt(), transfer)
+        square = fit_into(images, (frame.size, frame.size))
+        views = Views.of(frame, square, sigma * power.sqrt(), transfer)
+        if self.info["noise"]["reliability"] < UNEVEN:
+            return views
+        return views.tempered(noise_variances(images, sigma, **self.info["noise"]).to(self.device))
 
     def _posterior(self, climber: PoseClimber, views: Views, power: Tensor) -> tuple[Tensor, em_classes.Classes]:
         """Mean coefficients (n, m) of the images without CTF, and what each shows."""

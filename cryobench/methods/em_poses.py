@@ -86,8 +86,8 @@ class Views:
         """With the model of each image multiplied by its gain (n,)."""
         return replace(self, gain=self.gain * gains[:, None])
 
-    def tempered(self, heat: float) -> Views:
-        """As if the variance of the noise were ``heat`` times as large."""
+    def tempered(self, heat: float | Tensor) -> Views:
+        """As if the variance of the noise were ``heat`` times as large; of each image its own: (n, 1)."""
         return replace(self, data=self.data * heat**-0.5, gain=self.gain * heat**-0.5)
 
     def shrunk(self, size: int) -> Views:
