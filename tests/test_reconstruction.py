@@ -113,6 +113,31 @@ def test_symmetry_multiplies_the_views() -> None:
     assert torch.allclose(inner, inner.rot90(1, (1, 2)), atol=0.02)
 
 
+@pytest.mark.parametrize("size", [20, 21])
+@pytest.mark.parametrize(
+    ("group", "inserted"), [("C4", 1), ("C3", 3), ("D2", 1), ("D7", 7), ("T", 1), ("O", 1), ("I", 5)]
+)
+def test_a_symmetry_counts_as_all_equivalent_poses(group: str, inserted: int, size: int) -> None:
+    rotations = random_rotations(40, generator(11))
+    images = torch.randn(40, size, size, generator=generator(12))
+    ctf = wavy_ctf(40, size)
+    # the outermost cells, at the Nyquist frequency, are both ends of their axis: no sample shall reach them
+    kx, ky = torch.arange(size // 2 + 1), torch.fft.fftfreq(size, 1 / size)[:, None]
+    ctf = ctf * (torch.hypot(kx, ky) < size / 2 - 1)
+    elements = symmetry_matrices(group).float()
+    every = (elements[:, None] @ rotations).flatten(0, 1)
+    copies = len(elements)
+    expected = reconstruct(images.repeat(copies, 1, 1), every, ctf=ctf.repeat(copies, 1, 1))
+    collected = Backprojector(size, group)
+    collected.insert(images, rotations, ctf=ctf)
+    assert len(collected._symmetry) == inserted  # the rest is turning the grid
+    found = collected.volume()
+    assert float((found - expected).norm() / expected.norm()) < 1e-3
+    plain = Backprojector(size)
+    plain.insert(images.repeat(copies, 1, 1), every, ctf=ctf.repeat(copies, 1, 1))
+    assert torch.allclose(collected.shell_weights(), plain.shell_weights(), rtol=1e-3)
+
+
 def test_half_maps_are_the_halves() -> None:
     size, n = 20, 120
     points, rotations = centres(size, seed=6), random_rotations(n, generator(6))

@@ -25,9 +25,10 @@ _CHUNK = {"cpu": 2**19, "cuda": 2**24}
 class Backprojector:
     """Collects images and turns them into a volume of ``size`` voxels a side, z, y, x, on the CPU.
 
-    padding: how much finer than the images' the 3D grid is. symmetry: point group as RELION names it; each
-    image is inserted in all its equivalent poses. nearest: each sample goes to the nearest cell alone, eight times
-    faster and as good where many noisy slices dither its place. Memory: about 6 padding^3 size^3 bytes.
+    padding: how much finer than the images' the 3D grid is. symmetry: point group as RELION names it; each image counts
+    in all its equivalent poses (rotations that turn the grid into itself, as all of C2, C4, T and O do, are applied to
+    the grid at the end, once for all images). nearest: each sample goes to the nearest cell alone, eight times faster
+    and as good where many noisy slices dither its place. Memory: about 6 padding^3 size^3 bytes.
     Raises CryobenchError for padding below 1 and for unknown groups.
     """
 
@@ -42,7 +43,8 @@ class Backprojector:
         if padding < 1:
             raise CryobenchError(f"padding must be at least 1, not {padding}")
         self.size, self.device, self._nearest = size, torch.device(device), nearest
-        self._symmetry = symmetry_matrices(symmetry).to(self.device, torch.float32)
+        turns, others = _turns_and_others(symmetry_matrices(symmetry))
+        self._turns, self._symmetry = turns, others.to(self.device, torch.float32)
         self._padded = m = 2 * round(padding * size / 2)
         # only x >= 0 is kept, the rest being conjugate; y and z wrap around
         self._shape = (m, m, m // 2 + 2)
@@ -99,7 +101,7 @@ class Backprojector:
         # the column kx = 0 holds both members of each conjugate pair
         share = torch.where(points[0] == 0, 0.5, 1.0).to(self.device)
         points = points.to(self.device) * (self._padded / self.size)
-        self._slices += len(values) * len(self._symmetry)
+        self._slices += len(values) * len(self._symmetry) * len(self._turns)
         step = self._step(points.shape[1])
         for start in range(0, len(values), step):
             part = slice(start, start + step)
@@ -151,7 +153,7 @@ class Backprojector:
     def shell_weights(self) -> Tensor:
         """Mean weight of the cells of each shell (size // 2 + 1,): what the samples there know, in units of one."""
         m = self._padded
-        weight = _complete(self._weight.view(self._shape))
+        weight = len(self._turns) * _complete(self._weight.view(self._shape))  # turning keeps the shells
         shell = (shells(m, self.device) * (self.size / m)).round().long().clamp(max=self.size // 2 + 1).flatten()
         multiplicity = torch.full((m // 2 + 1,), 2.0, dtype=torch.float64, device=self.device)
         multiplicity[[0, -1]] = 1  # of a conjugate pair the half space holds one
@@ -171,7 +173,7 @@ class Backprojector:
         infinity leaves nothing of a shell.
         """
         d, m = self.size, self._padded
-        total, weight = _complete(self._sum.view(self._shape)), _complete(self._weight.view(self._shape))
+        total, weight = (_turned(_complete(x.view(self._shape)), self._turns) for x in (self._sum, self._weight))
         radius = shells(m, self.device)
         # a slice has (d / m)^2 samples per cell of its plane: 2 pi r of them fall on a shell of 4 pi r^2 cells
         least = floor * self._slices * (d / m) ** 2 / (2 * radius.clamp(min=1))
@@ -237,6 +239,35 @@ def _fill_beside_origin(transform: Tensor) -> None:
     filled = weights.to(known) @ known
     kept = inner[:, 2] >= 0
     transform[places(inner[kept])] = filled[kept.to(filled.device)]
+
+
+def _turns_and_others(group: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of a group's rotations (n, 3, 3) that turn a cubic grid into itself, whole numbers, a group again; and
+    others, such that each element of the group is a product of one of the former with one of the latter."""
+    whole = (group - group.round()).abs().amax((1, 2)) < 1e-6
+    turns, left, others = group[whole].round(), group, []
+    while len(left):
+        others.append(left[0])
+        left = left[torch.cdist(left.flatten(1), (turns @ left[0]).flatten(1)).amin(1) > 1e-3]
+    return turns.long(), torch.stack(others)
+
+
+def _turned(grid: Tensor, turns: Tensor) -> Tensor:
+    """Sum of a half space (m, m, m // 2 + 1), z, y, x, turned by each of the rotations (n, 3, 3) of whole numbers."""
+    if len(turns) == 1:
+        return grid
+    m, total = len(grid), torch.zeros_like(grid)
+    beyond = grid[..., 1 : m // 2].flip((0, 1, 2)).roll((1, 1), (0, 1)).conj()
+    full = torch.cat([grid, beyond], -1)
+    for turn in turns.flip((1, 2)):  # z, y, x as the grid
+        # along its axis i the turned grid runs as the old one does along axis source[i], forwards or backwards
+        source = turn.abs().argmax(1).tolist()
+        backwards = [axis for axis, old in enumerate(source) if turn[axis, old] < 0]
+        new = full.permute(source)
+        if backwards:
+            new = new.flip(backwards).roll([1] * len(backwards), backwards)
+        total += new[..., : m // 2 + 1]
+    return total
 
 
 def _complete(grid: Tensor) -> Tensor:
