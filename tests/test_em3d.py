@@ -23,7 +23,8 @@ from cryobench.methods.em_align import Move, align, to_axes
 from cryobench.methods.em_classes import classify, worth
 from cryobench.methods.em_filter import local_wiener
 from cryobench.methods.em_fit import volume_of_poses
-from cryobench.methods.em_poses import Frame, Views, mean_slices
+from cryobench.methods.em_mean import mean_slices
+from cryobench.methods.em_poses import Frame, Views
 from cryobench.methods.em_refine import Collector, combine
 from cryobench.methods.em_start import Annealing, GridEM
 from cryobench.methods.registry import get_method

@@ -13,7 +13,8 @@ from cryobench.imaging.projection import Projector
 from cryobench.imaging.rotations import symmetry_matrices
 from cryobench.imaging.slices import SliceTable
 from cryobench.methods.em_fit import caution
-from cryobench.methods.em_poses import Climb, Frame, Modes, PoseClimber, Views, mean_slices, phases, turn_by
+from cryobench.methods.em_mean import mean_slices
+from cryobench.methods.em_poses import Climb, Frame, Modes, PoseClimber, Views, phases, turn_by
 
 
 def generator(seed: int = 0) -> torch.Generator:

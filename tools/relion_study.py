@@ -1,18 +1,19 @@
 """em3d beside RELION on the same stack, from noisy images to a map: FSC against the truth, what images gain, and time.
 
-    python tools/relion_study.py [--n 3000] [--symmetry C1] [--seed 0] [--file FILE]
+    python tools/relion_study.py [--n 3000] [--symmetry C1] [--seed 0] [--file FILE] [--work FOLDER]
 
 RELION (3.1, from the PATH) makes an initial model by stochastic gradient descent and refines it with auto-refine. Both
 are told what em3d is told, that particles are centred and without CTF. So that it ends on a CPU, the descent is
 shortened (120 iterations for 300, up to 300 images for 500, 30 A for 15 A), and no grid is sampled twice
-(--oversampling 0). Each map then denoises 256 other images, as em3d's own does. Time is taken by the clock and as
-processor time, which other programs on the machine disturb less (of RELION's refinement a third of it is the waiting of
-the process that leads the other two).
+(--oversampling 0). Each map then denoises 256 other images, as em3d's own does and with em3d's caution. Time is taken by
+the clock and as processor time, which other programs on the machine disturb less (of RELION's refinement a third of it
+is the waiting of the process that leads the other two).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import shutil
 import subprocess
@@ -71,64 +72,43 @@ def since(start: tuple[float, float]) -> dict[str, float]:
 
 
 def relion(run: Experiment, folder: Path, symmetry: str, seed: int) -> dict[str, tuple[Tensor, dict[str, float]]]:
-    """The map (d, d, d) after each of RELION's two steps, and the time until then."""
-    start = clock()
+    """The map (d, d, d) after each of RELION's two steps, and the time until then; a step that is done is not done
+    again."""
     box = run.train.noisy.shape[-1] * run.train.pixel_size
-    common = ["--i", "p.star", "--particle_diameter", f"{0.9 * box:.1f}", "--zero_mask", "--flatten_solvent"]
+    common = ["--i", "p.star", "--zero_mask", "--flatten_solvent"]
     common += ["--oversampling", "0", "--offset_range", "0", "--offset_step", "1", "--offset", "0.1"]
     common += ["--random_seed", str(seed + 1), "--dont_combine_weights_via_disc", "--preread_images", "--pool", "30"]
     first = ["relion_refine", *common, "--o", "./ini", "--sgd", "--denovo_3dref", "--K", "1", "--sym", "C1"]
-    first += ["--healpix_order", "1", "--pad", "1", "--sgd_fin_resol", "30"]
-    first += [
-        "--sgd_inbetween_iter",
-        "50",
-        "--sgd_fin_iter",
-        "20",
-        "--sgd_fin_subset",
-        "300",
-        "--sgd_write_iter",
-        "120",
-    ]
-    _call(first, folder)
-    volume = folder / "ini_it120_class001.mrc"
-    found = {"relion initial": (_map(volume, run), since(start))}
+    first += ["--particle_diameter", f"{0.9 * box:.1f}", "--healpix_order", "1", "--pad", "1"]
+    first += ["--sgd_fin_resol", "30", "--sgd_fin_subset", "300", "--sgd_inbetween_iter", "50", "--sgd_fin_iter", "20"]
+    first += ["--sgd_write_iter", "120"]
+    volume = "ini_it120_class001.mrc"
+    times = [_call(first, folder, volume)]
+    found = {"RELION, initial": (_map(folder / volume, run), times[0])}
     if symmetry != "C1":
-        _call(["relion_align_symmetry", "--i", volume.name, "--o", "axes.mrc", "--sym", symmetry], folder)
-        volume = folder / "axes.mrc"
-    second = [
-        "mpirun",
-        "--allow-run-as-root",
-        "--mca",
-        "mpi_yield_when_idle",
-        "1",
-        "--oversubscribe",
-        "-n",
-        "3",
-        "relion_refine_mpi",
-    ]
-    second += [
-        *common,
-        "--o",
-        "./ref",
-        "--auto_refine",
-        "--split_random_halves",
-        "--ref",
-        volume.name,
-        "--sym",
-        symmetry,
-    ]
-    second += ["--firstiter_cc", "--ini_high", "50", "--low_resol_join_halves", "40", "--norm", "--scale"]
-    second += ["--healpix_order", "2", "--auto_local_healpix_order", "4", "--pad", "2"]
-    _call(second, folder)
-    found["relion refined"] = (_map(folder / "ref_class001.mrc", run), since(start))
-    return found
+        align = ["relion_align_symmetry", "--i", volume, "--o", "axes.mrc", "--sym", symmetry]
+        times.append(_call(align, folder, volume := "axes.mrc"))
+    second = ["mpirun", "--allow-run-as-root", "--mca", "mpi_yield_when_idle", "1", "--oversubscribe", "-n", "3"]
+    second += ["relion_refine_mpi", *common, "--o", "./ref", "--auto_refine", "--split_random_halves", "--ref", volume]
+    second += ["--sym", symmetry, "--particle_diameter", f"{0.7 * box:.1f}", "--firstiter_cc", "--ini_high", "50"]
+    second += ["--low_resol_join_halves", "40", "--norm", "--scale", "--healpix_order", "2"]
+    second += ["--auto_local_healpix_order", "4", "--pad", "2"]
+    times.append(_call(second, folder, "ref_class001.mrc"))
+    total = {name: round(sum(t[name] for t in times), 1) for name in times[0]}
+    return found | {"RELION, refined": (_map(folder / "ref_class001.mrc", run), total)}
 
 
-def _call(command: list[str], folder: Path) -> None:
-    with (folder / "log").open("a") as log:
-        done = subprocess.run(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise CryobenchError(f"{command[0]} failed:\n" + (folder / "log").read_text()[-2000:])
+def _call(command: list[str], folder: Path, result: str) -> dict[str, float]:
+    """The time of a step; known where its result is there already."""
+    note = folder / f"{result}.json"
+    if not note.exists():
+        start = clock()
+        with (folder / "log").open("a") as log:
+            done = subprocess.run(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise CryobenchError(f"{command[0]} failed:\n" + (folder / "log").read_text()[-2000:])
+        note.write_text(json.dumps(since(start)))
+    return json.loads(note.read_text())
 
 
 def _map(path: Path, run: Experiment) -> Tensor:
@@ -156,6 +136,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--specimen", default="channel")
     parser.add_argument("--file", type=Path, default=FILE)
+    parser.add_argument("--work", type=Path, help="RELION's folder, to be kept: a killed run goes on from there")
     args = parser.parse_args()
     if shutil.which("relion_refine_mpi") is None or shutil.which("mpirun") is None:
         sys.exit("relion_refine_mpi and mpirun are not on the PATH: install RELION (Debian: apt-get install relion)")
@@ -167,9 +148,11 @@ def main() -> None:
     start = clock()
     method.fit(run.train, Budget(progress=True))
     found = {"em3d": (method.state["volume"], since(start))}
-    with tempfile.TemporaryDirectory() as folder:
-        write_stack(run, Path(folder))
-        found |= relion(run, Path(folder), args.symmetry, args.seed)
+    with tempfile.TemporaryDirectory() as passing:
+        folder = args.work or Path(passing)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_stack(run, folder)
+        found |= relion(run, folder, args.symmetry, args.seed)
     for name, (volume, spent) in found.items():
         result = scored(run, method, volume)
         study.add(args.file, {**row, "program": name}, {**result, **spent, "machine": records.machine(run.device)})

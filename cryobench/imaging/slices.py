@@ -17,7 +17,7 @@ from torch import Tensor
 class SliceTable:
     """Samples slices of a volume (d, d, d), z, y, x, float32.
 
-    padding: how much finer than the images' the grid is. Memory: about 16 (padding d)^3 bytes.
+    padding: how much finer than the images' the grid is. Memory: about 20 (padding d)^3 bytes.
     """
 
     def __init__(self, volume: Tensor, padding: float = 2.0) -> None:

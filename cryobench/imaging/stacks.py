@@ -74,6 +74,9 @@ def contrast_transfers(table: ParticleTable, star: str | Path) -> list[tuple[Ten
     if table.phase_shift is not None and np.any(table.phase_shift):
         raise CryobenchError(f"{star} has phase shifts (a phase plate): only reconstruct --engine relion knows these")
     defocus = torch.from_numpy(table.defocus).float()
+    # some programs write U < V, the same ellipse a quarter turn on; the CTF wants U, its long axis, first
+    u, v, angle = defocus.unbind(1)
+    defocus = torch.where((u < v)[:, None], torch.stack([v, u, angle + 90], 1), defocus)
     optics, group = np.unique(np.column_stack(columns), axis=0, return_inverse=True)
     found = []
     for i, (voltage, cs, contrast) in enumerate(optics.tolist()):

@@ -24,8 +24,9 @@ from cryobench.imaging.slices import SliceTable
 from cryobench.methods import em_classes
 from cryobench.methods.base import Budget, Denoiser
 from cryobench.methods.em_fit import Fit, caution, gains, volume_of_poses
-from cryobench.methods.em_noise import learn_levels, noise_variances
-from cryobench.methods.em_poses import Climb, Frame, Modes, PoseClimber, Views, mean_slices, sample_slices
+from cryobench.methods.em_mean import mean_slices
+from cryobench.methods.em_noise import background_variance, learn_levels, noise_variances
+from cryobench.methods.em_poses import FLOATS, Climb, Frame, Modes, PoseClimber, Views, sample_slices
 from cryobench.methods.em_start import Annealing
 from cryobench.methods.noise_level import corner_mask
 from cryobench.methods.noise_spectrum import radial_noise_power
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from cryobench.imaging.ctf import ContrastTransfer
     from cryobench.imaging.training_data import TrainingData
 
-#: images denoised at once
-IMAGES = {"cpu": 256, "cuda": 4096}
+#: times the modes of a fit that are followed where an image is shown: no later iteration finds what is missed here
+THOROUGH = 4
 #: noise weaker than this part of the images' standard deviation is taken for this much: float32 has its limits
 LEAST_NOISE = 0.05
 #: images differ in noise where this part of what their corners differ by is not scatter
@@ -69,6 +70,12 @@ class Config:
     band: float = 12.0
     modes: int = 6
 
+    def __post_init__(self) -> None:
+        if min(self.starts, self.settling, self.iterations, self.modes) < 1 or self.folds < 2:
+            raise CryobenchError("em3d needs starts, settling, iterations and modes of at least 1, and 2 folds")
+        if not (0 <= self.shift <= 50 and self.contrast >= 0):
+            raise CryobenchError("em3d: shift must be from 0 to 50 pixels, contrast not negative")
+
     def annealing(self) -> Annealing:
         return Annealing(self.start_band, self.start_spacing, rate=self.cooling)
 
@@ -101,7 +108,8 @@ class Method(Denoiser):
         """Reconstruct the volume from the noisy images. ``info`` then has the correlation of the halves per ring, what
         became of the images, and times; :attr:`poses` where each came from, and :attr:`subset` the half it was in.
 
-        Raises CryobenchError for images that are not square or fewer than 4, and BudgetSpent at its time limit.
+        Raises CryobenchError for images that are not square, fewer than 4 or without noise, and BudgetSpent at its
+        time limit.
         """
         views, config, n = self.views_of(train), self.config, len(train.noisy)
         fit = Fit(views, config, self.seed, budget)
@@ -157,11 +165,13 @@ class Method(Denoiser):
 
         What is no view of the particle is shown as junk (filtered by its power spectrum) or as nothing at all:
         ``classes`` (n, 3) has the probabilities of view, junk and empty of the stack denoised last. Raises
-        CryobenchError when not fitted, and where the CTF is missing.
+        CryobenchError when not fitted, and where the CTF is missing or was so in the fit.
         """
         self._need_volume()
         if self.info["ctf"] and ctf is None:
             raise CryobenchError("em3d learnt from images with a CTF: it needs that of these images too")
+        if ctf is not None and not self.info["ctf"]:
+            raise CryobenchError("em3d learnt from images without a CTF: it knows nothing of what is behind one")
         height, width = images.shape[1:]
         size, offset = max(height, width), self.info["offset"]
         frame = Frame(size, self.device)
@@ -170,12 +180,14 @@ class Method(Denoiser):
         signal = float(frame.images(table.sample(some.to(self.device), frame.points)).std())
         noise = max(sigma or 0.0, LEAST_NOISE * signal, 1e-9)
         config = self.config
-        climb = Climb(config.spacing, config.band, 2 * config.modes, shift=config.shift)
+        climb = Climb(config.spacing, config.band, THOROUGH * config.modes, shift=config.shift)
         climber = PoseClimber(table, frame, symmetry_matrices(config.symmetry), climb)
         power = ring_power(volume, frame)
         out, classes = [], []
-        for part in torch.arange(len(images)).split(IMAGES.get(self.device.type, 256)):
-            own = ctf[part] if ctf is not None and self.info["ctf"] else None
+        # a third of the modes tried are left, each with ten slices at most, twice, of complex numbers
+        floats = 40 * max(1, climb.most // 3) * len(frame.radius)
+        for part in torch.arange(len(images)).split(max(1, FLOATS.get(self.device.type, 2**25) // floats)):
+            own = None if ctf is None else ctf[part]
             views = self._views(frame, images[part] - offset, noise, own)
             mean, kinds = self._posterior(climber, views, power)
             if own is not None:
@@ -194,10 +206,13 @@ class Method(Denoiser):
             raise CryobenchError(f"em3d: {n} images of {width} x {height} px: it needs square boxes, at least 4")
         mask = corner_mask(height, width)
         offset = float(images[:, mask].double().mean()) if mask.any() else float(images.double().mean())
+        if not train.sigma > 0:
+            raise CryobenchError("em3d: the images' corners hold no noise: give their noise level (--sigma)")
         sigma = max(train.sigma, LEAST_NOISE * float(images.double().std()))
         power = radial_noise_power(images, ring_frequencies((height, width)))
         self.state = {"noise_power": power.float().to(self.device)}
         self.info = {"offset": offset, "noise": learn_levels(images, sigma)}
+        self.info["background"] = background_variance(images, sigma)
         return self._views(Frame(height, self.device), images - offset, sigma, train.ctf)
 
     def _views(self, frame: Frame, images: Tensor, sigma: float, ctf: ContrastTransfer | None) -> Views:
@@ -208,7 +223,9 @@ class Method(Denoiser):
         power = known[low].lerp(known[low + 1], place - low)
         transfer = None if ctf is None else ctf.images(frame.size, self.device)
         square = fit_into(images, (frame.size, frame.size))
-        views = Views.of(frame, square, sigma * power.sqrt(), transfer)
+        deviation = sigma * power.sqrt()
+        deviation[0] *= (1 + self.info["background"] * frame.size**2) ** 0.5  # the sum of all pixels
+        views = Views.of(frame, square, deviation, transfer)
         if self.info["noise"]["reliability"] < UNEVEN:
             return views
         return views.tempered(noise_variances(images, sigma, **self.info["noise"]).to(self.device))

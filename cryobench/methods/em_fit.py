@@ -1,6 +1,7 @@
 """The course of a reconstruction from noisy images alone: first volumes, how they meet, refinement.
 
-The images are split in two halves that never see each other. Each makes a first volume of its own
+The images are split in two halves, each with volumes of its own (but for the low frequencies at which both agree, where
+references are shared: :mod:`cryobench.methods.em_refine`). Each makes a first volume
 (:mod:`cryobench.methods.em_start`); if the two are not the same object, both try again, and of each half's attempts the
 one with the most evidence counts. The second is turned onto the first (:mod:`cryobench.methods.em_align`) and both are
 refined (:mod:`cryobench.methods.em_refine`). A killed fit goes on from the last volume.
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cryobench.errors import CryobenchError
 from cryobench.imaging.rotations import symmetry_matrices
 from cryobench.imaging.slices import SliceTable, resized
 from cryobench.methods import em_classes
@@ -51,7 +53,10 @@ class Fit:
         self.halves = [views[part] for part in self.members]
         self.folds = max(2, min(config.folds, len(self.members[1])))  # none is empty
         self.group = symmetry_matrices(config.symmetry).to(views.frame.device, torch.float32)
-        facts = [config, seed, views.data.shape, views.data[:, 1].sum().item(), views.gain.sum().item()]
+        # of the data a few digits: sums differ a little with the number of threads
+        power = views.data.abs().square().sum(1, dtype=torch.float64)
+        sums = [power, power * torch.arange(len(power), device=power.device), views.gain.double()]
+        facts = [config, seed, views.data.shape, *(f"{float(x.sum()):.5g}" for x in sums)]
         key = hashlib.sha256(repr(facts).encode()).hexdigest()
         self.at: dict[str, Any] = {"key": key, "starts": [], "evidence": [], "settling": [], "refined": 0}
         self.at["seconds"] = 0.0
@@ -60,6 +65,7 @@ class Fit:
         self.modes: list[Modes] = []
         self.classes: list[em_classes.Classes] = []
         self.gains = [torch.ones(len(half), device=views.frame.device) for half in self.halves]
+        self._heat = 1.0
 
     def run(self) -> None:
         """Raises BudgetSpent when the time is up; the checkpoint holds what was done."""
@@ -71,6 +77,7 @@ class Fit:
             self.at = kept
             self.modes = [Modes(*(t.to(self.group.device) for t in tensors)) for tensors in kept.get("modes", [])]
             self.gains = [g.to(self.group.device) for g in kept.get("gains", self.gains)]
+            self._heat = kept.get("heat", self._heat)
         self._start, self._before = time.monotonic(), self.at["seconds"]
         self._bar = tqdm(desc="em3d", file=sys.stderr, disable=not budget.progress, unit="step")
         with self._bar:
@@ -146,7 +153,7 @@ class Fit:
         """Poses of all images, and the volumes that follow from them."""
         config, size, device = self.config, halves[0].frame.size, self.group.device
         climb = Climb(config.spacing, config.band, config.modes, shift=config.shift, limit=limit)
-        heat = self.at.get("heat", 1.0)
+        heat = self._heat
         sums, found, classes, powers = [], [], [], []
         for h, half in enumerate(halves):
             references = [resized(volume.to(device), size) for volume in self.at["references"][h]]
@@ -176,12 +183,12 @@ class Fit:
         self.modes, self.classes, result = found, classes, combine(*sums)
         # images of near directions are drawn the same way by the same noise, which the next volume then shows more of:
         # the square of what a single image needs was measured to be best
-        self.at["heat"] = caution(result.filtered_curve, (powers[0] + powers[1]) / 2, limit) ** 2
+        self._heat = caution(result.filtered_curve, (powers[0] + powers[1]) / 2, limit) ** 2
         return result
 
     def _keep(self, result: Halves) -> None:
         """Take this as the state that the next iteration, or a resumed fit, goes on from."""
-        self.at.update(reach=result.reach(), gains=[g.cpu() for g in self.gains])
+        self.at.update(reach=result.reach(), gains=[g.cpu() for g in self.gains], heat=self._heat)
         self.at["references"] = [[volume.cpu() for volume in half] for half in result.references]
         self.at["modes"] = [[x.cpu() for x in vars(modes).values()] for modes in self.modes]
 
@@ -229,8 +236,12 @@ def best_slices(views: Views, modes: Modes, reference: Tensor) -> Tensor:
     score = modes.evidence()
     top = torch.full((len(views),), -math.inf, device=score.device).scatter_reduce(0, modes.owner, score, "amax")
     chosen = (score >= top[modes.owner]).nonzero()[:, 0]
-    place = torch.empty(len(views), dtype=torch.long, device=score.device)
+    place = torch.full((len(views),), -1, device=score.device)
     place[modes.owner[chosen]] = chosen
+    if len(place) and int(place.min()) < 0:
+        raise CryobenchError(
+            "em3d: images without a pose: are there values in them, or in their CTF, that are not finite?"
+        )
     frame = views.frame
     slices = sample_slices(SliceTable(reference), modes.rotations[place], frame, len(frame.radius))
     if modes.spread.shape[1] > 3:

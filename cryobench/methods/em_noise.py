@@ -1,4 +1,4 @@
-"""How noisy each image is: thickness of the ice and dose differ from place to place, and the images with them.
+"""How noisy each image is, and how bright: thickness of the ice and dose differ from place to place, and the images.
 
 The noise of an image is measured in its four corners, outside the largest ellipse, where there is no particle. What the
 corners of one image have in common and other images do not is a difference of levels; what they do not have in common
@@ -31,7 +31,9 @@ def corner_levels(images: Tensor, sigma: float) -> Tensor:
         for columns in (slice(None, middle[1]), slice(middle[1], None)):
             inside = images[:, rows, columns][:, mask[rows, columns]]
             variances.append(inside.double().var(1) / sigma**2)
-    return torch.stack(variances, 1).clamp(WIDEST**-2, WIDEST**2).log().to(images.dtype)
+    found = torch.stack(variances, 1)
+    # a corner of next to no variance has been filled up, at the edge of a micrograph or by a mask, and says nothing
+    return found.where(found > WIDEST**-2, 1.0).clamp(max=WIDEST**2).log().to(images.dtype)
 
 
 def learn_levels(images: Tensor, sigma: float) -> dict[str, float]:
@@ -49,6 +51,19 @@ def learn_levels(images: Tensor, sigma: float) -> dict[str, float]:
 def noise_variances(images: Tensor, sigma: float, reliability: float, level: float) -> Tensor:
     """Variance (n, 1) of the noise of each image, over sigma^2, with what :func:`learn_levels` says of the stack."""
     return (reliability * median_of_four(corner_levels(images, sigma)) - level).exp()[:, None]
+
+
+def background_variance(images: Tensor, sigma: float) -> float:
+    """Variance of the background of images (n, h, w), from image to image, over sigma^2: that of their corners' means,
+    beyond what noise makes of them. 0 where it is not clear."""
+    n, height, width = images.shape
+    mask = corner_mask(height, width, images.device)
+    if min(height, width) < SMALLEST or n < 2:
+        return 0.0
+    corners = images[:, mask].double()
+    by_noise = float(corners.var(1).mean()) / corners.shape[1]
+    excess = float(corners.mean(1).var()) - by_noise * (1 + 3 * (2 / n) ** 0.5)
+    return max(excess, 0.0) / sigma**2
 
 
 def median_of_four(levels: Tensor) -> Tensor:

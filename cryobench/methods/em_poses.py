@@ -3,12 +3,12 @@
 An image's transform is a y-th slice of the volume's, times CTF and gain, plus noise. In units of the noise, with
 data y and model C S(R) exp(-2 pi i k.t / d), the log likelihood is -|y - a C S|^2 / 2. A grid over SO(3), one matrix
 product at low frequencies, gives each image its best cells. From there Levenberg and Marquardt's method climbs to the
-modes, whose curvature is their width: posteriors this narrow are Gaussian, and sums over 2 q points on their ellipsoid
-(cubature of third degree, each point with its true likelihood) are the integrals over them.
+modes, whose curvature is their width: posteriors this narrow are Gaussian.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -168,8 +168,7 @@ class PoseClimber:
 
     def run(self, views: Views) -> Modes:
         """The modes of all images."""
-        slices = sample_slices(self.table, self.grid, self.frame, self.low)
-        real, power = torch.view_as_real(slices).flatten(1), slices.abs().square()
+        real, power = self._low_slices
         step = max(1, FLOATS.get(self.frame.device.type, 2**25) // len(self.grid))
         found = []
         for start in range(0, len(views), step):
@@ -177,6 +176,12 @@ class PoseClimber:
             modes = self._climb(some, *self._coarse(some, real, power))
             found.append(replace(modes, owner=modes.owner + start))
         return Modes.cat(found)
+
+    @functools.cached_property
+    def _low_slices(self) -> tuple[Tensor, Tensor]:
+        """Slices at all cells of the grid as real numbers (cells, 2 low), and their power (cells, low)."""
+        slices = sample_slices(self.table, self.grid, self.frame, self.low)
+        return torch.view_as_real(slices).flatten(1), slices.abs().square()
 
     def _coarse(self, views: Views, real: Tensor, power: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The best cells of each image, none beside a better one: owner, rotations, shifts."""
@@ -319,32 +324,3 @@ def turn_by(vectors: Tensor) -> Tensor:
     o = torch.zeros_like(x)
     cross = torch.stack([torch.stack(r, 1) for r in ([o, -z, y], [z, o, -x], [-y, x, o])], 1)
     return torch.linalg.matrix_exp(cross)
-
-
-def mean_slices(climber: PoseClimber, views: Views, modes: Modes) -> tuple[Tensor, Tensor]:
-    """Posterior means (n, m) of the images' slices, shifted as they are but without their gain; and the log (n,) of the
-    likelihood's integral over poses, relative to that of noise alone."""
-    q, m, n = modes.spread.shape[1], len(climber.frame.radius), len(views)
-    directions = torch.cat([modes.spread.mT, -modes.spread.mT], 1) * math.sqrt(q)  # (p, 2q, q)
-    moves = climber.climb.shift > 0
-    turns = turn_by(directions[..., :3].flatten(0, 1)).view(-1, 2 * q, 3, 3)
-    rotations = (modes.rotations[:, None] @ turns).flatten(0, 1)
-    shifts = (modes.shifts[:, None] + (directions[..., 3:] if moves else 0)).expand(-1, 2 * q, 2).flatten(0, 1)
-    owner = modes.owner.repeat_interleave(2 * q)
-    prior = modes.spread.det().abs().log().repeat_interleave(2 * q)
-    step = max(1, CHUNK.get(climber.frame.device.type, 2**16) // m)
-    scores, slices = [], []
-    for start in range(0, len(owner), step):
-        part = slice(start, start + step)
-        mine = views[owner[part]]
-        value = climber.table.sample(rotations[part], climber.frame.points)
-        if moves:
-            value = value * phases(shifts[part], climber.frame, m)
-        model = value * mine.gain
-        scores.append((model.conj() * (mine.data - model / 2)).real.sum(1))
-        slices.append(value)
-    # a Gaussian mode has exp(-q / 2) of its height at each of the points
-    weight, evidence = softmax(torch.cat(scores) + prior + q / 2 * (1 + math.log(2 * math.pi)), owner, n)
-    mean = torch.zeros(n, m, dtype=torch.complex64, device=weight.device)
-    mean.index_add_(0, owner, torch.cat(slices) * weight[:, None])
-    return mean, evidence - math.log(2 * q)

@@ -59,7 +59,7 @@ class GridEM:
         self.worth = torch.ones(len(views), device=data.device)
 
     def run(self) -> tuple[Tensor, float]:
-        """A volume of a small box (:func:`box_for`), and the mean log evidence of an image."""
+        """A volume of a small box (:func:`box_for`), and the mean log evidence of an image before the last step."""
         a, volume = self.annealing, self.blobs()
         heat, before, evidence = a.hot * self.signal, -math.inf, 0.0
         for _ in range(a.most):
