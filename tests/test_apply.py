@@ -146,6 +146,16 @@ def test_each_set_of_optics_has_its_own_ctf(stack: Path) -> None:
         assert torch.equal(ctf.images(32), ctf_2d(u, v, angle, optics, 32).float())
 
 
+def test_the_long_axis_of_the_defocus_may_come_second(stack: Path) -> None:
+    table = read_particles(stack.with_suffix(".star"))
+    assert table.defocus is not None
+    turned = table.defocus[:, [1, 0, 2]] + [0, 0, 90]
+    ((_, ctf),) = contrast_transfers(table, "p.star")
+    ((_, same),) = contrast_transfers(dataclasses.replace(table, defocus=turned), "p.star")
+    assert torch.isfinite(same.images(32)).all()
+    assert torch.allclose(same.images(32), ctf.images(32), atol=1e-4)
+
+
 def test_what_does_not_fit_is_said_in_one_line(stack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, star = tmp_path / "o.mrcs", tmp_path / "p.star"
     table = read_particles(stack.with_suffix(".star"))

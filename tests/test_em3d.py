@@ -285,8 +285,15 @@ def test_refuses_what_it_cannot_do() -> None:
     for images in (few, wide):
         with pytest.raises(CryobenchError, match="em3d"):
             fitted(TrainingData("noisy", images, None, 1.0, 4.0))
+    with pytest.raises(CryobenchError, match="noise level"):
+        fitted(TrainingData("noisy", torch.zeros(20, 16, 16), None, 0.0, 4.0))
+    for wrong in ({"settling": 0}, {"iterations": 0}, {"folds": 1}, {"shift": 91.0}):
+        with pytest.raises(CryobenchError, match="em3d"):
+            Method.config_for("quick", **wrong)
     tiny = torch.randn(5, 16, 16)  # fewer than folds
-    assert fitted(TrainingData("noisy", tiny, None, 1.0, 4.0), **SMALL).denoise(tiny, 1.0).shape == tiny.shape
+    out = fitted(TrainingData("noisy", tiny, None, 1.0, 4.0), **SMALL).denoise(tiny, 1.0)
+    assert out.shape == tiny.shape
+    assert torch.isfinite(out).all()
     with pytest.raises(CryobenchError, match="fit"):
         Method().denoise(few, 1.0)
     ctf = ContrastTransfer(Optics(pixel_size=4.0), torch.tensor([[15000.0, 14000.0, 20.0]]).expand(20, 3))

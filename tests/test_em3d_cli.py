@@ -312,6 +312,8 @@ def test_a_fit_is_kept_until_its_images_are_written(
     method: str, small: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["denoise", str(small), "-m", method, *SMOKE, "-o", str(tmp_path / "o.mrcs")]
+    assert main(command) == 0
+    undisturbed = read_mrc(tmp_path / "o.mrcs")[0]
     with monkeypatch.context() as patch:
 
         def full(*_: object, **__: object) -> None:
@@ -327,6 +329,7 @@ def test_a_fit_is_kept_until_its_images_are_written(
     monkeypatch.setattr(*((Fit, "_first_volumes") if method == "em3d" else (_Fit, "_step")), never)
     assert main(command) == 0
     assert not checkpoints(cache)
+    assert np.allclose(read_mrc(tmp_path / "o.mrcs")[0], undisturbed, atol=1e-4 * float(np.abs(undisturbed).max()))
 
 
 def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(

@@ -5,7 +5,7 @@
 RELION (3.1, from the PATH) makes an initial model by stochastic gradient descent and refines it with auto-refine. Both
 are told what em3d is told, that particles are centred and without CTF. So that it ends on a CPU, the descent is
 shortened (120 iterations for 300, up to 300 images for 500, 30 A for 15 A), and no grid is sampled twice
-(--oversampling 0). Each map then denoises 256 other images, as em3d's own does and with em3d's caution. Time is taken by
+(--oversampling 0). Each map then denoises 256 other images, as em3d's own does, with em3d's caution. Time is taken by
 the clock and as processor time, which other programs on the machine disturb less (of RELION's refinement a third of it
 is the waiting of the process that leads the other two).
 """
