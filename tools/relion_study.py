@@ -5,9 +5,9 @@
 RELION (3.1, from the PATH) makes an initial model by stochastic gradient descent and refines it with auto-refine. Both
 are told what em3d is told, that particles are centred and without CTF. So that it ends on a CPU, the descent is
 shortened (120 iterations for 300, up to 300 images for 500, 30 A for 15 A), and no grid is sampled twice
-(--oversampling 0). Each map then denoises 256 other images, as em3d's own does, with em3d's caution. Time is taken by
-the clock and as processor time, which other programs on the machine disturb less (of RELION's refinement a third of it
-is the waiting of the process that leads the other two).
+(--oversampling 0). Each map, on the scale of the truth, then denoises 256 other images with em3d's caution. Time is
+taken by the clock and as processor time, which other programs on the machine disturb less (of RELION's refinement a
+third of it is the waiting of the process that leads the other two).
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ def scored(run: Experiment, method: Method, volume: Tensor) -> dict[str, Any]:
     true = run.volume * run.test.scale
     move = align(true, volume, min(20, len(true) // 3), 30.0, shifts=True)
     moved = move.apply(volume)
+    moved = moved * float((moved * true).sum() / moved.square().sum())  # each program has a scale of its own
     curve = fsc(true, moved)
     other = Method(run.config, run.device, run.cell.seed)
     other.state, other.info = {**method.state, "volume": moved}, method.info

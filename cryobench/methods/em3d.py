@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from cryobench.imaging.ctf import ContrastTransfer
     from cryobench.imaging.training_data import TrainingData
 
+#: points a side of the transform that images are shown from: about 4 GB
+TABLE = 585
 #: times the modes of a fit that are followed where an image is shown: no later iteration finds what is missed here
 THOROUGH = 4
 #: noise weaker than this part of the images' standard deviation is taken for this much: float32 has its limits
@@ -176,7 +178,8 @@ class Method(Denoiser):
         size, offset = max(height, width), self.info["offset"]
         frame = Frame(size, self.device)
         volume = fit_into(self.state["volume"], (size, size, size))
-        table, some = SliceTable(volume, padding=2.6), random_rotations(8, torch.Generator().manual_seed(0))
+        table = SliceTable(volume, padding=max(1.5, min(2.6, TABLE / size)))
+        some = random_rotations(8, torch.Generator().manual_seed(0))
         signal = float(frame.images(table.sample(some.to(self.device), frame.points)).std())
         noise = max(sigma or 0.0, LEAST_NOISE * signal, 1e-9)
         config = self.config
