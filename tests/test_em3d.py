@@ -281,13 +281,15 @@ def test_of_noise_nothing_is_left() -> None:
 
 
 def test_refuses_what_it_cannot_do() -> None:
-    few, wide = torch.randn(3, 16, 16), torch.randn(20, 16, 18)
-    for images in (few, wide):
+    few, wide, small = torch.randn(3, 16, 16), torch.randn(20, 16, 18), torch.randn(20, 6, 6)
+    for images in (few, wide, small):
         with pytest.raises(CryobenchError, match="em3d"):
             fitted(TrainingData("noisy", images, None, 1.0, 4.0))
     with pytest.raises(CryobenchError, match="noise level"):
         fitted(TrainingData("noisy", torch.zeros(20, 16, 16), None, 0.0, 4.0))
-    for wrong in ({"settling": 0}, {"iterations": 0}, {"folds": 1}, {"shift": 91.0}):
+    with pytest.raises(CryobenchError, match="boxes of 16"):
+        fitted(TrainingData("noisy", torch.randn(20, 16, 16), None, 1.0, 4.0), shift=5.0)
+    for wrong in ({"settling": 0}, {"iterations": 0}, {"folds": 1}, {"shift": -1.0}):
         with pytest.raises(CryobenchError, match="em3d"):
             Method.config_for("quick", **wrong)
     tiny = torch.randn(5, 16, 16)  # fewer than folds

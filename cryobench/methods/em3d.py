@@ -25,7 +25,7 @@ from cryobench.methods import em_classes
 from cryobench.methods.base import Budget, Denoiser
 from cryobench.methods.em_fit import Fit, caution, gains, volume_of_poses
 from cryobench.methods.em_mean import mean_slices
-from cryobench.methods.em_noise import background_variance, learn_levels, noise_variances
+from cryobench.methods.em_noise import SMALLEST, background_variance, learn_levels, noise_variances
 from cryobench.methods.em_poses import FLOATS, Climb, Frame, Modes, PoseClimber, Views, sample_slices
 from cryobench.methods.em_start import Annealing
 from cryobench.methods.noise_level import corner_mask
@@ -75,8 +75,8 @@ class Config:
     def __post_init__(self) -> None:
         if min(self.starts, self.settling, self.iterations, self.modes) < 1 or self.folds < 2:
             raise CryobenchError("em3d needs starts, settling, iterations and modes of at least 1, and 2 folds")
-        if not (0 <= self.shift <= 50 and self.contrast >= 0):
-            raise CryobenchError("em3d: shift must be from 0 to 50 pixels, contrast not negative")
+        if not (self.shift >= 0 and self.contrast >= 0):
+            raise CryobenchError("em3d: shift and contrast must not be negative")
 
     def annealing(self) -> Annealing:
         return Annealing(self.start_band, self.start_spacing, rate=self.cooling)
@@ -110,8 +110,8 @@ class Method(Denoiser):
         """Reconstruct the volume from the noisy images. ``info`` then has the correlation of the halves per ring, what
         became of the images, and times; :attr:`poses` where each came from, and :attr:`subset` the half it was in.
 
-        Raises CryobenchError for images that are not square, fewer than 4 or without noise, and BudgetSpent at its
-        time limit.
+        Raises CryobenchError for images that are not square, tiny, fewer than 4 or without noise, for shifts beyond a
+        quarter of the box, and BudgetSpent at its time limit.
         """
         views, config, n = self.views_of(train), self.config, len(train.noisy)
         fit = Fit(views, config, self.seed, budget)
@@ -205,8 +205,13 @@ class Method(Denoiser):
         """The noisy images as the fit wants them; notes their background and the spectrum of their noise on the way."""
         images = train.noisy
         n, height, width = images.shape
-        if height != width or n < 4:
-            raise CryobenchError(f"em3d: {n} images of {width} x {height} px: it needs square boxes, at least 4")
+        if height != width or n < 4 or height < SMALLEST:
+            needs = f"square boxes of at least {SMALLEST} px, at least 4"
+            raise CryobenchError(f"em3d: {n} images of {width} x {height} px: it needs {needs}")
+        if self.config.shift > height / 4:
+            raise CryobenchError(
+                f"em3d: shifts up to {self.config.shift:g} px in boxes of {height}: centre them better"
+            )
         mask = corner_mask(height, width)
         offset = float(images[:, mask].double().mean()) if mask.any() else float(images.double().mean())
         if not train.sigma > 0:
