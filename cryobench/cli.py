@@ -39,14 +39,14 @@ def _parser() -> argparse.ArgumentParser:
     c = command("simulate", "noisy particle images of a structure, with a STAR file that RELION reads")
     c.add_argument("structure", metavar="STRUCTURE", help="specimen name, or a .pdb/.cif/.mrc/.map file")
     c.add_argument("-o", "--output", required=True, metavar="OUT.mrcs")
-    c.add_argument("-n", type=int, default=100, help="number of images")
-    c.add_argument("--size", type=int, default=128, metavar="PX")
+    c.add_argument("-n", type=int, default=100, help="number of images (100)")
+    c.add_argument("--size", type=int, default=128, metavar="PX", help="of the images (128)")
     c.add_argument(
         "--pixel-size", type=float, metavar="A", help="angstrom; default: a model fills 60 %%, a map's box all of it"
     )
     c.add_argument("--map-pixel-size", type=float, metavar="A", help="of a map whose header states none")
     c.add_argument("--resolution", type=float, metavar="A", help="of the density (default: that of the pixels)")
-    c.add_argument("--snr", type=float, default=0.1, help="var(clean)/var(noise) over the whole stack")
+    c.add_argument("--snr", type=float, default=0.1, help="var(clean)/var(noise) over the whole stack (0.1)")
     c.add_argument("--noise", choices=["white", "coloured", "poisson"], default="white")
     c.add_argument("--ctf", action="store_true")
     c.add_argument("--shift", type=float, default=0.0, metavar="PX", help="uniform random shifts of +-PX")
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
     c = command("denoise", "denoise a stack or a micrograph")
     c.add_argument("input", metavar="IN.mrcs")
-    c.add_argument("-m", "--method", required=True)
+    c.add_argument("-m", "--method", required=True, help="one of `cryobench list methods`")
     c.add_argument("-o", "--output", required=True, metavar="OUT.mrcs")
     c.add_argument("--sigma", type=float, help="noise standard deviation; default: estimated from the corners")
     c.add_argument(
@@ -83,8 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--ctf", metavar="STAR", help="CTF of the input's images, for methods that use it")
     c.add_argument("--train-on", nargs="+", default=[], metavar="STACK", help="with STACK_clean.mrcs beside it")
     c.add_argument("--weights", metavar="FILE", help="saved before; or 'shipped': those that come with cryobench")
-    c.add_argument("--save-weights", metavar="FILE", help="keep what was learned")
-    c.add_argument("--profile", default="quick")
+    c.add_argument("--save-weights", metavar="FILE", help="keep what was learned: FILE.safetensors, FILE.json")
+    c.add_argument("--profile", default="quick", help="how long to learn: smoke (a trial), quick (default) or full")
     c.add_argument("--pixel-size", type=float, metavar="A")
     c.add_argument("--seed", type=int, default=0)
     c.add_argument("--device", default="auto")
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("output", metavar="OUT.mrcs")
     c.add_argument("--clean", required=True, metavar="CLEAN.mrcs")
     c.add_argument("--noisy", metavar="NOISY.mrcs")
-    c.add_argument("--convention", default="fair")
+    c.add_argument("--convention", default="fair", help="fair (default), or as a paper (probably) scored")
     c.add_argument("--pixel-size", type=float, metavar="A")
     c.add_argument("--json", action="store_true")
 
@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("input", metavar="IN.star")
     c.add_argument("-o", "--output", required=True, metavar="MAP.mrc")
     c.add_argument("--engine", choices=["fourier", "relion"], default="fourier")
-    c.add_argument("--symmetry", default="C1")
+    c.add_argument("--symmetry", default="C1", metavar="GROUP", help="as C4 or D7 (C1)")
     c.add_argument("--pixel-size", type=float, metavar="A")
 
     c = command("fsc", "Fourier shell correlation of two maps")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cryobench.errors import CryobenchError
+from cryobench.outputs import output_path, refuse_clashes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,11 +88,12 @@ def simulate(args: Namespace) -> None:
     """Noisy and clean stacks and a STAR file with poses, CTF and optics group."""
     from cryobench.bench.experiment import pick_device
     from cryobench.imaging.particles import Simulation, Simulator
-    from cryobench.imaging.stacks import write_particles_set
+    from cryobench.imaging.stacks import clean_name, write_particles_set
 
     if args.n < 1:
         raise CryobenchError("ask for at least one image (-n)")
-    output = _output(args.output, (".mrcs", ".mrc"))
+    output = output_path(args.output, (".mrcs", ".mrc"))
+    refuse_clashes([output, clean_name(output)], [args.structure])
     device = pick_device(args.device)
     structure = _structure(args.structure, args.pixel_size, args.map_pixel_size)
     pixel_size = structure.pixel_size(args.size) if args.pixel_size is None else args.pixel_size
@@ -115,7 +117,7 @@ def denoise(args: Namespace) -> None:
     from cryobench.bench.experiment import pick_device
     from cryobench.bench.tables import PROFILES
     from cryobench.imaging.rotations import symmetry_matrices
-    from cryobench.imaging.stacks import read_ctf, read_images
+    from cryobench.imaging.stacks import clean_name, read_ctf, read_images
     from cryobench.methods.apply import best_poses, prepare_method
     from cryobench.methods.noise_level import estimate_sigma
     from cryobench.reconstruction import em3d_files
@@ -129,10 +131,13 @@ def denoise(args: Namespace) -> None:
     for name, value in options.items():
         if not 0 <= value < math.inf:
             raise CryobenchError(f"--{name} must be zero or positive")
-    output = _output(args.output, (".mrcs", ".mrc"))
-    volume = _output(args.map, (".mrc", ".map")) if args.map else None
-    star = _output(args.star, (".star",)) if args.star else None
-    em3d_files.check_outputs(args.method, args.weights, args.train_on, volume, star, output, [args.input, args.ctf])
+    output = output_path(args.output, (".mrcs", ".mrc"))
+    volume = output_path(args.map, (".mrc", ".map")) if args.map else None
+    star = output_path(args.star, (".star",)) if args.star else None
+    weights = output_path(args.save_weights) if args.save_weights else None
+    taught = [path for name in args.train_on for path in (Path(name), clean_name(Path(name)))]
+    inputs = [args.input, args.ctf, args.reference, *taught]
+    em3d_files.check_outputs(args.method, args.weights, args.train_on, volume, star, output, inputs)
     images, pixel_size = read_images(args.input, args.pixel_size)
     ctf = read_ctf(args.ctf, args.input, images, pixel_size, args.pixel_size) if args.ctf else None
     sigma = estimate_sigma(images) if args.sigma is None else args.sigma
@@ -166,9 +171,9 @@ def denoise(args: Namespace) -> None:
     elif args.symmetry and method.info.get("symmetry") != args.symmetry:
         _say(f"the reference is not {args.symmetry} about its own axes and centre: its symmetry is not used")
     denoised = method.denoise(images, sigma, ctf)
-    if args.save_weights:
-        method.save(args.save_weights)
-    write_mrc(output, denoised.numpy(), pixel_size, stack=len(images) > 1 or output.suffix == ".mrcs")
+    write_mrc(output, denoised.numpy(), pixel_size)
+    if weights:
+        method.save(weights)
     written = [output, *(em3d_files.write_maps(volume, method.state, method.info["pixel_size"]) if volume else [])]
     if star:
         em3d_files.write_poses(star, args.input, *best_poses(method), images.shape[-1], pixel_size, ctf)
@@ -199,25 +204,29 @@ def evaluate(args: Namespace) -> None:
             if shape != clean.shape:
                 raise CryobenchError(f"{name} images are {shape}, the clean ones {tuple(clean.shape)}")
             if abs(other / pixel_size - 1) > 1e-3:
-                raise CryobenchError(f"{path} has {other:g} A pixels, {args.clean} {pixel_size:g} A")
+                sizes = f"{path} has {other:g} A pixels, {args.clean} {pixel_size:g} A"
+                raise CryobenchError(f"{sizes}: say which with --pixel-size")
     if clean.min() < -0.01 or clean.max() > 1.01:
         _say("the clean images are not in [0, 1]: all stacks are brought there by one gain and offset")
         clean, *scaled = unit_range(clean, *stacks.values())
         stacks = dict(zip(stacks, scaled, strict=True))
     noisy = stacks.get("noisy")
     result: dict[str, Any] = {"convention": args.convention, "n": len(clean), "pixel_size": pixel_size}
+    where: dict[str, str] = {}
     for name, stack in stacks.items():
         scores = {k: summarise(v) for k, v in score(args.convention, stack, clean, noisy).items()}
-        reached = resolution(frc(stack, clean), pixel_size, tuple(clean.shape[-2:]), 0.5)
+        curve = frc(stack, clean)
+        reached = resolution(curve, pixel_size, tuple(clean.shape[-2:]), 0.5)
         result[name] = {"metrics": scores, "frc_0.5_angstrom": reached}
+        where[name] = f"at {reached:.2f} A" if reached else "in the first ring already"
+        if curve[1:].min() >= 0.5:
+            where[name] = f"nowhere up to Nyquist, {reached:.2f} A"
     if args.json:
         print(json.dumps(result, indent=1))
         return
     print(f"{len(clean)} images, convention {args.convention}, clean range {clean.min():.4g} .. {clean.max():.4g}")
     for name in stacks:
-        reached = result[name]["frc_0.5_angstrom"]
-        where = f"at {reached:.2f} A" if reached else "in the first ring already"
-        print(f"{name}: FRC with the clean images falls below 0.5 {where}")
+        print(f"{name}: FRC with the clean images falls below 0.5 {where[name]}")
         for metric, s in result[name]["metrics"].items():
             interval = "" if s["ci95"][0] is None else f"  [{s['ci95'][0]:.5g}, {s['ci95'][1]:.5g}]"
             mean = "infinite" if s["mean"] is None else f"{s['mean']:.5g}"
@@ -277,8 +286,8 @@ def reconstruct(args: Namespace) -> None:
     """A map and two half maps."""
     from cryobench.reconstruction.command import reconstruct_star
 
-    output = _output(args.output, (".mrc", ".map"))
-    for path in reconstruct_star(Path(args.input), output, args.engine, args.symmetry, args.pixel_size):
+    output = output_path(args.output, (".mrc", ".map"))
+    for path in reconstruct_star(Path(args.input), output, args.engine, args.symmetry, args.pixel_size, _say):
         print(path)
 
 
@@ -293,8 +302,9 @@ def fsc(args: Namespace) -> None:
     for frequency, value in zip(result["frequency"], result["fsc"], strict=True):
         print(f"{frequency:.5f} 1/A  {value:+.4f}")
     for threshold in ("0.143", "0.5"):
-        resolution = result["resolution"][threshold]
-        print(f"FSC {threshold}: " + (f"{resolution:.2f} A" if resolution else "below it from the first shell on"))
+        reached = result["resolution"][threshold]
+        whole = "not below it up to Nyquist, " if min(result["fsc"]) >= float(threshold) else ""
+        print(f"FSC {threshold}: " + (f"{whole}{reached:.2f} A" if reached else "below it from the first shell on"))
 
 
 def book(args: Namespace) -> None:
@@ -337,12 +347,3 @@ def _structure(name: str, pixel_size: float | None, map_pixel_size: float | None
     if pixel_size is not None and map_pixel_size is None and structure.lacks_pixel_size():
         structure = resolve(name, pixel_size=pixel_size)
     return structure
-
-
-def _output(name: str, suffixes: tuple[str, ...]) -> Path:
-    path = Path(name)
-    if path.suffix not in suffixes:
-        raise CryobenchError(f"{path}: the output must end in {' or '.join(suffixes)}")
-    if not path.absolute().parent.is_dir():
-        raise CryobenchError(f"{path}: the folder {path.absolute().parent} does not exist")
-    return path

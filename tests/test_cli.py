@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it writes, what it says, and its exit codes."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from cryobench.cli import main
 from cryobench.imaging.particles import Simulation
 from cryobench.specimens.mrc import read_mrc, write_mrc
-from cryobench.specimens.particle_star import read_particles
+from cryobench.specimens.particle_star import read_particles, write_particles
 
 
 def simulate(folder, *extra, n=12):
@@ -123,6 +124,49 @@ def test_bad_input_gives_one_line_exit_1_and_no_output(stack, tmp_path, capsys):
     assert "EMD" in failing(capsys, "fetch", "EMD-99999999", "--data-dir", tmp_path)
     assert not out.exists()
     assert not list(tmp_path.glob("o*"))
+
+
+def test_no_input_is_replaced(stack, tmp_path, capsys):
+    images, pixel = read_mrc(stack)
+    mine = tmp_path / "mine.mrcs"
+    for path in (mine, tmp_path / "mine_clean.mrcs"):
+        write_mrc(path, images, pixel)
+    volume = tmp_path / "map.mrc"
+    write_mrc(volume, np.zeros((16, 16, 16), np.float32) + images[0, :16, :16], pixel, stack=False)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for command in (
+        ["denoise", mine, "-m", "mean", "-o", mine],
+        ["denoise", stack, "-m", "dncnn", "--train-on", mine, "-o", tmp_path / "mine_clean.mrcs"],
+        ["denoise", mine, "-m", "bayes", "--reference", volume, "-o", volume],
+        ["simulate", volume, "-o", volume, "-n", "1", "--size", "32"],
+    ):
+        assert "replace" in failing(capsys, *command)
+    star = tmp_path / "p.star"
+    table = read_particles(stack.with_suffix(".star"))
+    write_particles(star, dataclasses.replace(table, stacks=[str(mine)] * len(table)))
+    here = tmp_path / "mine.mrc"
+    mine.rename(here)
+    write_particles(star, dataclasses.replace(table, stacks=[str(here)] * len(table)))
+    assert "replace" in failing(capsys, "reconstruct", star, "-o", here)
+    assert here.read_bytes() == before.pop(mine)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_an_agreement_without_end_is_said_to_be_one(stack, capsys):
+    clean = str(stack.with_name("p_clean.mrcs"))
+    assert main(["evaluate", clean, "--clean", clean]) == 0
+    assert "nowhere up to Nyquist" in capsys.readouterr().out
+
+
+def test_dark_particles_are_noticed(tmp_path, capsys):
+    bright = simulate(tmp_path, "--snr", "1", n=24)
+    images, pixel = read_mrc(bright)
+    write_mrc(tmp_path / "dark.mrcs", -images, pixel)
+    for name, dark in (("p", False), ("dark", True)):
+        capsys.readouterr()
+        command = ["denoise", str(tmp_path / f"{name}.mrcs"), "-m", "bayes", "--reference", "channel"]
+        assert main([*command, "--profile", "smoke", "-o", str(tmp_path / "o.mrcs")]) == 0
+        assert ("look dark" in capsys.readouterr().err) == dark
 
 
 def write_small(folder):

@@ -1,5 +1,6 @@
 """Volumes from projections known in closed form, and the FSC against its definition in numpy."""
 
+import dataclasses
 import math
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from cryobench.reconstruction.command import fsc_of_maps, reconstruct_star
 from cryobench.reconstruction.fourier import Backprojector, reconstruct, reconstruct_halves
 from cryobench.reconstruction.fsc import fsc, fsc_report
 from cryobench.specimens.mrc import write_mrc
-from cryobench.specimens.particle_star import ParticleTable, write_particles
+from cryobench.specimens.particle_star import ParticleTable, find_stack, read_particles, write_particles
 
 SIGMA = 1.0
 
@@ -284,6 +285,18 @@ def test_from_a_star_file_to_maps(particles_on_disk: Path, engine: str) -> None:
     halves = fsc_of_maps(paths[1], paths[2])
     assert 4 <= halves["resolution"]["0.143"] < 6
     assert halves["resolution"]["0.143"] <= halves["resolution"]["0.5"]
+
+
+def test_what_a_star_leaves_out_or_contradicts_is_said(particles_on_disk: Path, tmp_path: Path) -> None:
+    star = particles_on_disk / "x.star"
+    table = read_particles(star)
+    stacks = [str(find_stack(name, star).resolve()) for name in table.stacks]
+    said: list[str] = []
+    for changes in ({"defocus": None}, {"pixel_size": 1.5 * table.pixel_size}):
+        write_particles(tmp_path / "c.star", dataclasses.replace(table, stacks=stacks, **changes))  # type: ignore[arg-type]
+        reconstruct_star(tmp_path / "c.star", tmp_path / "map.mrc", say=said.append)
+    assert any("no CTF is corrected" in line for line in said)
+    assert any("--pixel-size" in line for line in said)
 
 
 def test_commands_refuse_what_cannot_be_right(particles_on_disk: Path, tmp_path: Path) -> None:

@@ -128,6 +128,18 @@ def test_a_table_comes_back_as_written(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["p.star"]
 
 
+def test_half_a_defocus_is_an_error_and_an_angle_alone_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "p.star"
+    write_particles(path, _table())
+    text = path.read_text()
+    for label in ("rlnDefocusAngle", "rlnDefocusV", "rlnOriginYAngst"):
+        path.write_text(text.replace(f"_{label}", "_rlnNoSuchLabel"))
+        with pytest.raises(BadFileError, match=label):
+            read_particles(path)
+    path.write_text(text.replace("_rlnAngleTilt", "_rlnNoSuchLabel"))  # as from 2D classes
+    assert read_particles(path).angles is None
+
+
 def test_what_we_write_is_cif_for_gemmi(tmp_path: Path) -> None:
     write_star(tmp_path / "x.star", {"a": {"p": ["x y", "it's", '#"', ""], "q": [1, 2.5, -3, 4]}})
     column = gemmi.cif.read(str(tmp_path / "x.star"))[0].find(["_p", "_q"])

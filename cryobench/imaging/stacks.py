@@ -86,9 +86,14 @@ def contrast_transfers(table: ParticleTable, star: str | Path) -> list[tuple[Ten
     return found
 
 
+def clean_name(stack: Path) -> Path:
+    """Where the clean images of a stack are: STACK_clean.mrcs in the same folder."""
+    return stack.with_name(f"{stack.stem}_clean{stack.suffix}")
+
+
 def clean_beside(stack: Path) -> Path:
-    """The clean images of a stack: STACK_clean.mrcs in the same folder. Raises CryobenchError if missing."""
-    path = stack.with_name(f"{stack.stem}_clean{stack.suffix}")
+    """The clean images of a stack (:func:`clean_name`). Raises CryobenchError if missing."""
+    path = clean_name(stack)
     if not path.is_file():
         raise CryobenchError(f"{stack}: this method learns from clean images, and there is no {path} beside it")
     return path
@@ -102,7 +107,7 @@ def write_particles_set(
     The STAR files name the stacks as ``output`` does, from the folder where the command ran, as RELION does.
     shifts go in with RELION's sign. If anything fails, what was there before stays.
     """
-    clean = output.with_name(f"{output.stem}_clean{output.suffix}")
+    clean = clean_name(output)
     paths = [output, clean, output.with_suffix(".star"), clean.with_suffix(".star"), output.with_suffix(".json")]
     parts = {path: path.with_name(f".{os.getpid()}-{path.name}") for path in paths}
     try:

@@ -21,7 +21,7 @@ from cryobench.imaging.stacks import clean_beside, read_images
 from cryobench.imaging.training_data import Reference, TrainingData
 from cryobench.methods import em3d
 from cryobench.methods.base import Budget, Denoiser
-from cryobench.methods.noise_level import estimate_sigma
+from cryobench.methods.noise_level import corner_mask, estimate_sigma
 from cryobench.methods.registry import get_method
 from cryobench.paths import cache_dir, project_root
 from cryobench.specimens.catalog import Structure, resolve
@@ -83,6 +83,8 @@ def prepare_method(
             raise CryobenchError(f"--weights hold the settings of their fit: give them or --{option}")
     if ctf is not None and not method_class.uses_ctf:
         say(f"{name} makes no use of the CTF")
+    if ctf is None and (weights == "shipped" or supervision not in ("none", "sigma", "noisy")) and _looks_dark(images):
+        say(f"these particles look dark, and {name} expects bright ones: multiply the images by -1 first")
     if weights:
         return method_class.load(_shipped(name, say) if weights == "shipped" else weights, device), None
     method = method_class(method_class.config_for(profile, **(options or {})), device, seed)
@@ -99,6 +101,16 @@ def prepare_method(
     kept = _checkpoint(method, train, say) if method_class.trained else None
     method.fit(train, Budget(checkpoint=kept))
     return method, kept
+
+
+def _looks_dark(images: Tensor) -> bool:
+    """Whether images (n, h, w), n > 1, are clearly darker in the middle than in their corners."""
+    height, width = images.shape[1:]
+    corners, middle = corner_mask(height, width), (slice(height // 4, -(height // 4)), slice(width // 4, -(width // 4)))
+    if len(images) < 2 or min(height, width) < 8 or not corners.any():
+        return False
+    contrast = images[:, middle[0], middle[1]].mean((1, 2)) - images[:, corners].mean(1)
+    return bool(contrast.mean() < -5 * contrast.std() / len(contrast) ** 0.5)
 
 
 def _checkpoint(method: Denoiser, train: TrainingData, say: Callable[[str], None]) -> Path | None:

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch import Tensor
 from cryobench.errors import CryobenchError
 from cryobench.imaging.rotations import euler_to_matrix
 from cryobench.imaging.stacks import contrast_transfers
+from cryobench.outputs import refuse_clashes
 from cryobench.reconstruction.fourier import reconstruct_halves
 from cryobench.reconstruction.fsc import fsc_report
 from cryobench.specimens.maps import read_map
-from cryobench.specimens.mrc import write_mrc
+from cryobench.specimens.mrc import read_header, write_mrc
 from cryobench.specimens.particle_star import (
     ParticleTable,
     find_stack,
@@ -30,13 +32,19 @@ from cryobench.specimens.particle_star import (
 
 
 def reconstruct_star(
-    star: Path, output: Path, engine: str = "fourier", symmetry: str = "C1", pixel_size: float | None = None
+    star: Path,
+    output: Path,
+    engine: str = "fourier",
+    symmetry: str = "C1",
+    pixel_size: float | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Path]:
     """The map of the particles in a STAR file at OUTPUT, and half maps at OUTPUT_half1, OUTPUT_half2.
 
     Poses are taken as they are; the CTF is corrected where the file has a defocus. The halves are those of
     rlnRandomSubset, else every second particle. engine: "fourier" (ours) or "relion" (relion_reconstruct).
-    Raises CryobenchError where poses or optics are missing, pixel sizes differ or RELION cannot be run.
+    ``say`` announces what is missing or contradicts itself. Raises CryobenchError where poses or optics are missing,
+    pixel sizes differ, RELION cannot be run, or an output would replace a stack.
     """
     table = read_particles(star, pixel_size)
     if table.angles is None:
@@ -47,7 +55,16 @@ def reconstruct_star(
         raise CryobenchError(f"{star} mixes pixel sizes: bring the images to one first")
     if table.subset is None:
         table = dataclasses.replace(table, subset=np.arange(len(table)) % 2 + 1)
+    stacks = [find_stack(name, star) for name in dict.fromkeys(table.stacks)]
+    for stack in stacks if pixel_size is None else []:
+        header, own = read_header(stack), float(table.pixel_size[0])
+        stated = 0.0 if header.default_voxel else header.voxel[0]
+        if stated > 0 and abs(stated / own - 1) > 1e-2:
+            say(f"{stack} says {stated:g} A pixels, {star} {own:g} A, which is taken (--pixel-size says otherwise)")
+    if table.defocus is None:
+        say(f"{star} has no defocus: no CTF is corrected")
     paths = [output, *(output.with_name(f"{output.stem}_half{i}{output.suffix}") for i in (1, 2))]
+    refuse_clashes(paths, [star, *stacks])
     pixel = float(table.pixel_size[0])
     maps = (_with_relion if engine == "relion" else _with_fourier)(table, star, symmetry)
     for path, volume in zip(paths, maps, strict=True):

@@ -14,6 +14,7 @@ from cryobench.errors import CryobenchError
 from cryobench.imaging.ctf import ContrastTransfer, Optics
 from cryobench.imaging.rings import resolution
 from cryobench.imaging.rotations import matrix_to_euler
+from cryobench.outputs import refuse_clashes
 from cryobench.specimens.mrc import write_mrc
 from cryobench.specimens.particle_star import ParticleTable, write_particles
 
@@ -34,19 +35,13 @@ def check_outputs(
     """Raises CryobenchError where a map (``volume``) or a STAR file is asked of what cannot give it, or in the place of
     another output or an input."""
     wanted = [option for option, path in (("--map", volume), ("--star", star)) if path is not None]
-    if not wanted:
-        return
-    if method != "em3d":
+    if wanted and method != "em3d":
         raise CryobenchError(f"{wanted[0]} is for em3d, which makes a map of the images: {method} makes none")
     if star is not None and (weights or train_on):
         why = "--weights" if weights else "--train-on"
         raise CryobenchError(f"--star needs a fit to these images, and with {why} there is none: drop one of both")
     mine = [output, *([] if volume is None else map_paths(volume)), *([] if star is None else [star])]
-    taken = {Path(path).resolve() for path in inputs if path}
-    for path in mine:
-        if path.resolve() in taken:
-            raise CryobenchError(f"{path} would replace an input or another output: give it another name")
-        taken.add(path.resolve())
+    refuse_clashes(mine, inputs)
 
 
 def map_paths(volume: Path) -> list[Path]:
@@ -98,13 +93,12 @@ def summary(info: Mapping[str, Any]) -> list[str]:
     """Lines on a fit's facts: resolution of the halves, what the images are; and a warning where there is no map."""
     curve, classes = torch.tensor(info["fsc"]), info["classes"]
     reached = resolution(curve, info["pixel_size"], (info["size"],) * 3, 0.143)
-    line = f"the halves agree to {reached:.2f} A (FSC 0.143)" if reached else "the halves agree nowhere (FSC 0.143)"
-    line += f"; images: {classes['view']:.0%} views, {classes['junk']:.0%} junk, {classes['empty']:.0%} empty"
-    line = line.replace("%", " %")
+    kinds = f"images: {classes['view']:.0%} views, {classes['junk']:.0%} junk, {classes['empty']:.0%} empty"
+    kinds = kinds.replace("%", " %")
     if info["reach"] >= FEW_RINGS and float(curve[1:3].min()) >= CHANCE:
-        return [f"em3d: {line}"]
+        return [f"em3d: the halves agree to {reached:.2f} A (FSC 0.143); {kinds}"]
     return [
-        f"em3d: {line}",
+        f"em3d: the halves agree no better than chance would have it; {kinds}",
         "em3d: warning: the two halves do not agree: there may be no common structure in these images; the output is "
         "shrunk to (nearly) nothing",
     ]

@@ -214,4 +214,4 @@ def find_entry(name: str, manifest: dict[str, Entry] | None = None) -> Entry:
             return manifest[candidate]
     near = difflib.get_close_matches(wanted, manifest, 3, 0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise CryobenchError(f"no entry {name!r}: {hint}`cryobench list specimens` shows all")
+    raise CryobenchError(f"no entry {name!r}: {hint}`cryobench fetch` shows all")

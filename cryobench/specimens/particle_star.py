@@ -68,7 +68,7 @@ def read_particles(path: str | Path, pixel_size: float | None = None) -> Particl
         stacks,
         indices,
         pixel,
-        angles=columns.together("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"),
+        angles=columns.together("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", some=True),  # 2D: psi alone
         shifts=shifts,
         defocus=columns.together("rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle"),
         phase_shift=columns.get("rlnPhaseShift"),
@@ -187,10 +187,15 @@ class _Columns:
             raise CryobenchError(f"{self.path} has no pixel size; give it with --pixel-size A (angstrom)")
         return pixel
 
-    def together(self, *labels: str) -> np.ndarray | None:
-        """(n, len(labels)), or None unless all are there."""
-        columns = [values for label in labels if (values := self.get(label)) is not None]
-        return np.stack(columns, axis=1) if len(columns) == len(labels) else None
+    def together(self, *labels: str, some: bool = False) -> np.ndarray | None:
+        """(n, len(labels)), or None where none is there; unless ``some`` may be missing, that is an error."""
+        found = {label: values for label in labels if (values := self.get(label)) is not None}
+        if len(found) == len(labels):
+            return np.stack(list(found.values()), axis=1)
+        if found and not some:
+            missing = ", ".join(label for label in labels if label not in found)
+            raise BadFileError(f"{self.path} has {', '.join(found)} but not {missing}")
+        return None
 
     def integers(self, label: str) -> np.ndarray | None:
         values = self.get(label)
