@@ -67,6 +67,20 @@ def test_rows_of_the_em3d_study_stay_below_the_limit():
         assert row["machine"]["device"]
 
 
+def test_rows_beside_relion_are_of_one_stack():
+    rows = json.loads((ROOT / "results" / "shipped" / "relion.json").read_text())["rows"]
+    assert [row["program"] for row in rows] == ["em3d", "RELION, initial", "RELION, refined"]
+    assert len({row["key"] for row in rows}) == 1
+    ours, first, refined = rows
+    for row in rows:
+        assert len(row["fsc"]) == row["size"] // 2 + 1
+        assert row["fsc"][1] > 0.99  # each is the particle
+        assert row["gain"]["ci95"][0] < row["gain"]["mean"] < row["gain"]["ci95"][1]
+    assert refined["gain"]["mean"] > first["gain"]["mean"]
+    assert refined["processor_seconds"] > first["processor_seconds"]
+    assert ours["gain"]["mean"] > refined["gain"]["ci95"][1]  # what the chapter says
+
+
 def test_a_new_method_passes_its_test_conformance_and_a_run(copy):
     made = run(copy, "-m", "cryobench", "new-method", "my-shrink")
     assert made.returncode == 0, made.stderr
