@@ -81,7 +81,7 @@ def test_views_on_other_backgrounds_are_no_junk() -> None:
         method.denoise(images, particles.sigma)
         shares[name] = float(method.classes[:, 0].mean())
     # where all backgrounds are taken for one, 45 % of them are junk
-    assert shares["shifted"] > 0.97 > 0.9 < shares["alike"]
+    assert min(shares.values()) > 0.97
 
 
 def test_noisier_images_count_less(monkeypatch: pytest.MonkeyPatch) -> None:

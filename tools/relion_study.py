@@ -1,6 +1,6 @@
 """em3d beside RELION on the same stack, from noisy images to a map: FSC against the truth, what images gain, and time.
 
-    python tools/relion_study.py [--n 3000] [--symmetry C1] [--seed 0] [--iterations N] [--file FILE] [--work FOLDER]
+    python tools/relion_study.py [--n 3000] [--symmetry C1] [--seed 0] [--file FILE] [--work FOLDER]
 
 RELION (3.1, from the PATH) makes an initial model by stochastic gradient descent and refines it with auto-refine. Both
 are told what em3d is told, that particles are centred and without CTF. So that it ends on a CPU, the descent is
@@ -71,11 +71,9 @@ def since(start: tuple[float, float]) -> dict[str, float]:
     }
 
 
-def relion(
-    run: Experiment, folder: Path, symmetry: str, seed: int, most: int | None
-) -> dict[str, tuple[Tensor, dict[str, float]]]:
+def relion(run: Experiment, folder: Path, symmetry: str, seed: int) -> dict[str, tuple[Tensor, dict[str, float]]]:
     """The map (d, d, d) after each of RELION's two steps, and the time until then; a step that is done is not done
-    again. most: auto-refine ends at this iteration, and the mean of its halves is the map (None: when it converges)."""
+    again."""
     box = run.train.noisy.shape[-1] * run.train.pixel_size
     common = ["--i", "p.star", "--zero_mask", "--flatten_solvent"]
     common += ["--oversampling", "0", "--offset_range", "0", "--offset_step", "1", "--offset", "0.1"]
@@ -95,14 +93,9 @@ def relion(
     second += ["--sym", symmetry, "--particle_diameter", f"{0.7 * box:.1f}", "--firstiter_cc", "--ini_high", "50"]
     second += ["--low_resol_join_halves", "40", "--norm", "--scale", "--healpix_order", "2"]
     second += ["--auto_local_healpix_order", "4", "--pad", "2"]
-    results = ["ref_class001.mrc"]
-    if most is not None:
-        second += ["--auto_iter_max", str(most)]
-        results = [f"ref_it{most:03d}_half{half}_class001.mrc" for half in (1, 2)]
-    times.append(_call(second, folder, results[0]))
+    times.append(_call(second, folder, "ref_class001.mrc"))
     total = {name: round(sum(t[name] for t in times), 1) for name in times[0]}
-    maps = torch.stack([_map(folder / name, run) for name in results])
-    return found | {"RELION, refined": (maps.mean(0), total)}
+    return found | {"RELION, refined": (_map(folder / "ref_class001.mrc", run), total)}
 
 
 def _call(command: list[str], folder: Path, result: str) -> dict[str, float]:
@@ -143,7 +136,6 @@ def main() -> None:
     parser.add_argument("--symmetry", default="C1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--specimen", default="channel")
-    parser.add_argument("--iterations", type=int, help="of auto-refine at most; default: until it converges")
     parser.add_argument("--file", type=Path, default=FILE)
     parser.add_argument("--work", type=Path, help="RELION's folder, to be kept: a killed run goes on from there")
     args = parser.parse_args()
@@ -152,7 +144,6 @@ def main() -> None:
     row = em3d_study.row("relion", args.n, symmetry=args.symmetry, seed=args.seed, specimen=args.specimen)
     run = em3d_study.experiment(row, "em3d", "cpu", args.specimen)
     run.train  # noqa: B018  made before the clock starts
-    row |= {"iterations": args.iterations}
     row |= {"key": digest([row, run.inputs()])}
     method = Method(run.config, run.device, run.cell.seed)
     start = clock()
@@ -162,7 +153,7 @@ def main() -> None:
         folder = args.work or Path(passing)
         folder.mkdir(parents=True, exist_ok=True)
         write_stack(run, folder)
-        found |= relion(run, folder, args.symmetry, args.seed, args.iterations)
+        found |= relion(run, folder, args.symmetry, args.seed)
     for name, (volume, spent) in found.items():
         result = scored(run, method, volume)
         study.add(args.file, {**row, "program": name}, {**result, **spent, "machine": records.machine(run.device)})
