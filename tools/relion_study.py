@@ -98,10 +98,10 @@ def relion(run: Experiment, folder: Path, symmetry: str, seed: int) -> dict[str,
     second += ["--auto_local_healpix_order", "4", "--pad", "2"]
     times.append(_call(second, folder, "ref_class001.mrc"))
     total = {name: round(sum(t[name] for t in times), 1) for name in times[0]}
-    halves = (_map(folder / f"ref_half{h}_class001_unfil.mrc", run) for h in (1, 2))
+    first_half, second_half = (_map(folder / f"ref_half{h}_class001_unfil.mrc", run) for h in (1, 2))
     return found | {
         "RELION, refined": (_map(folder / "ref_class001.mrc", run), total),
-        "RELION, filtered": (local_wiener(*halves)[0], total),
+        "RELION, filtered": (local_wiener(first_half, second_half)[0], total),
     }
 
 
