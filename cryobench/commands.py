@@ -138,7 +138,7 @@ def denoise(args: Namespace) -> None:
     taught = [path for name in args.train_on for path in (Path(name), clean_name(Path(name)))]
     inputs = [args.input, args.ctf, args.reference, *taught]
     em3d_files.check_outputs(args.method, args.weights, args.train_on, volume, star, output, inputs)
-    images, pixel_size = read_images(args.input, args.pixel_size)
+    images, pixel_size = read_images(args.input, args.pixel_size, args.ctf)
     ctf = read_ctf(args.ctf, args.input, images, pixel_size, args.pixel_size) if args.ctf else None
     sigma = estimate_sigma(images) if args.sigma is None else args.sigma
     reference = _structure(args.reference, args.pixel_size) if args.reference else None

@@ -14,7 +14,7 @@ from cryobench.errors import CryobenchError
 from cryobench.imaging.ctf import Optics, ctf_2d
 from cryobench.imaging.image_scale import image_scale
 from cryobench.imaging.particles import Simulation, Simulator
-from cryobench.imaging.stacks import contrast_transfers, read_ctf
+from cryobench.imaging.stacks import contrast_transfers, read_ctf, read_images
 from cryobench.methods.noise_level import estimate_sigma
 from cryobench.specimens.catalog import resolve
 from cryobench.specimens.mrc import read_mrc, write_mrc
@@ -132,6 +132,19 @@ def test_rows_find_their_images(stack: Path, tmp_path: Path) -> None:
         ctf = read_ctf(star, stack, images, pixel)
         assert torch.equal(ctf.defocus, torch.from_numpy(table.defocus).float())
         assert ctf.optics == Optics(300.0, 2.7, 0.1, pixel)
+
+
+def test_the_star_knows_the_pixel_size_where_the_stack_does_not(stack: Path, tmp_path: Path) -> None:
+    star, nameless = stack.with_suffix(".star"), tmp_path / "nameless.mrcs"
+    header = bytearray(stack.read_bytes())
+    header[40:52] = bytes(12)  # sides of the cell
+    nameless.write_bytes(header)
+    pixel = read_mrc(stack)[1]
+    assert read_images(nameless, star=star)[1] == pytest.approx(pixel)
+    assert read_images(nameless, 2.5, star)[1] == 2.5
+    assert read_images(stack, star=tmp_path / "not needed.star")[1] == pixel
+    with pytest.raises(CryobenchError, match="no pixel size"):
+        read_images(nameless)
 
 
 def test_each_set_of_optics_has_its_own_ctf(stack: Path) -> None:

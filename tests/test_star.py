@@ -220,6 +220,8 @@ def test_images_are_found_beside_the_star_or_from_here(tmp_path: Path, monkeypat
     np.testing.assert_array_equal(read_particle_images(table, star), expected)
     write_mrc(tmp_path / "here" / "x.mrcs", images[::-1], 1.5)  # as written comes first, as in RELION
     assert find_stack("x.mrcs", star) == Path("x.mrcs")
+    # RELION's names start from the project's folder, and its STAR files are two levels below
+    assert find_stack("sub/x.mrcs", tmp_path / "sub" / "job012" / "p.star") == tmp_path / "sub" / "x.mrcs"
     with pytest.raises(CryobenchError, match=r"no\.mrcs.*neither"):
         read_particle_images(_table(stacks=["x.mrcs", "no.mrcs"]), star)
     with pytest.raises(BadFileError, match=r"image 5 of y\.mrcs, which has 2"):

@@ -15,15 +15,23 @@ from cryobench.errors import CryobenchError
 from cryobench.imaging.ctf import ContrastTransfer, Optics
 from cryobench.imaging.particles import Particles, Simulation
 from cryobench.imaging.rotations import matrix_to_euler
-from cryobench.specimens.mrc import read_mrc, write_mrc
+from cryobench.specimens.mrc import read_header, read_mrc, write_mrc
 from cryobench.specimens.particle_star import ParticleTable, read_particles, write_particles
 
 
-def read_images(path: str | Path, pixel_size: float | None = None) -> tuple[Tensor, float]:
+def read_images(
+    path: str | Path, pixel_size: float | None = None, star: str | Path | None = None
+) -> tuple[Tensor, float]:
     """Images (n, h, w) float32 of a stack or a micrograph, and the pixel size in angstrom.
 
-    Raises BadFileError for a broken file, CryobenchError where the pixel size is neither in it nor given.
+    star: of the images; its pixel size counts where none is given and the stack has none of its own (or 1.0, which
+    programs write that know none). Raises BadFileError for a broken file, CryobenchError where the pixel size is
+    neither in it nor given.
     """
+    if pixel_size is None and star is not None:
+        header = read_header(path)
+        if header.default_voxel or min(header.voxel[:2]) <= 0:
+            pixel_size = float(read_particles(star).pixel_size[0])
     array, pixel = read_mrc(path, pixel_size)
     return torch.from_numpy(array), pixel
 
