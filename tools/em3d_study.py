@@ -60,7 +60,8 @@ def rows(structures: list[str]) -> Iterator[dict[str, Any]]:
         yield row("size", 20000, size=128, symmetry="C4", seed=seed)
     yield row("size", 20000, size=128)
     yield row("images", 20000, specimen="transporter")
-    yield row("size", 20000, size=128, specimen="transporter", symmetry="C2")
+    for n in (10000, 20000):
+        yield row("size", n, size=128, specimen="transporter", symmetry="C2")
     for snr in (0.05, 0.02, 0.01):
         for n in (3000, 20000):
             yield row("snr", n, snr=snr)
