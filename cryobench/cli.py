@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         help="em3d: write the input's images with their poses, for RELION; without --ctf, the optics that it wants are "
         "stated as 300 kV, 2.7 mm, 0.1",
     )
-    c.add_argument("--ctf", metavar="STAR", help="CTF of the input's images, for methods that use it")
+    c.add_argument("--ctf", metavar="STAR", help="CTF of the input's images, and their pixel size if they have none")
     c.add_argument("--train-on", nargs="+", default=[], metavar="STACK", help="with STACK_clean.mrcs beside it")
     c.add_argument("--weights", metavar="FILE", help="saved before; or 'shipped': those that come with cryobench")
     c.add_argument("--save-weights", metavar="FILE", help="keep what was learned: FILE.safetensors, FILE.json")

@@ -145,6 +145,17 @@ def test_the_star_knows_the_pixel_size_where_the_stack_does_not(stack: Path, tmp
     assert read_images(stack, star=tmp_path / "not needed.star")[1] == pixel
     with pytest.raises(CryobenchError, match="no pixel size"):
         read_images(nameless)
+    # a side of exactly 1 A that we did not write is what programs write that know none
+    header[40:52] = np.array([32, 32, 32], "<f4").tobytes()
+    header[224:1024] = bytes(800)
+    nameless.write_bytes(header)
+    table = read_particles(star)
+    first, other = (dataclasses.replace(table, stacks=[name] * N) for name in ("other.mrcs", "nameless.mrcs"))
+    fields = {f.name: getattr(first, f.name) for f in dataclasses.fields(table) if f.name != "stacks"}
+    both = {k: v if v is None else np.concatenate([v, v]) for k, v in fields.items()}
+    both["pixel_size"][:N] *= 2
+    write_particles(tmp_path / "both.star", ParticleTable(first.stacks + other.stacks, **both))
+    assert read_images(nameless, star=tmp_path / "both.star")[1] == pytest.approx(pixel)
 
 
 def test_each_set_of_optics_has_its_own_ctf(stack: Path) -> None:
@@ -177,7 +188,7 @@ def test_what_does_not_fit_is_said_in_one_line(stack: Path, tmp_path: Path, caps
         (table.select(kept[1:]), "15 rows for 15"),
         (table.select(np.append(kept[:-1], 0)), "16 rows for 15"),
         (dataclasses.replace(table, indices=kept + 1), "16 rows for 15"),
-        (dataclasses.replace(table, stacks=["a.mrcs"] * 8 + ["b.mrcs"] * 8), "0 rows"),
+        (dataclasses.replace(table, stacks=["a.mrcs"] * 8 + ["b.mrcs"] * 8), "none is"),
         (dataclasses.replace(table, defocus=None), "no defocus"),
         (dataclasses.replace(table, cs=None), "rlnSphericalAberration"),
         (dataclasses.replace(table, phase_shift=np.full(N, 90.0)), "phase plate"),

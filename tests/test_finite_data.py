@@ -54,6 +54,17 @@ def test_in_a_part_of_the_box_signal_competes_with_the_noise_of_that_part() -> N
     assert torch.allclose(volume_error(power, 1.0, 50, 1, inside / part)[1:].float(), expected[1:], rtol=1e-4)
 
 
+def test_strong_places_are_shrunk_less() -> None:
+    """Two halves of a box, one with nine tenths of the power."""
+    power = torch.logspace(-3, 3, 20)
+    envelope = torch.tensor([1.8, 0.2]).repeat_interleave(4)
+    noise = 4 * math.pi * torch.arange(20) ** 2 / 50
+    strong, weak = (noise * power * w / (noise + power * w) for w in (1.8, 0.2))
+    found = volume_error(power, 1.0, 50, 1, envelope)[1:].float()
+    assert torch.allclose(found, ((strong + weak) / 2)[1:], rtol=1e-4)
+    assert (found < volume_error(power, 1.0, 50)[1:].float()).all()
+
+
 def test_never_more_than_noise_nor_signal() -> None:
     power = torch.logspace(-3, 3, 20)
     envelope = local_power(volume())

@@ -221,7 +221,14 @@ def test_images_are_found_beside_the_star_or_from_here(tmp_path: Path, monkeypat
     write_mrc(tmp_path / "here" / "x.mrcs", images[::-1], 1.5)  # as written comes first, as in RELION
     assert find_stack("x.mrcs", star) == Path("x.mrcs")
     # RELION's names start from the project's folder, and its STAR files are two levels below
-    assert find_stack("sub/x.mrcs", tmp_path / "sub" / "job012" / "p.star") == tmp_path / "sub" / "x.mrcs"
+    job = tmp_path / "sub" / "job012"
+    job.mkdir()
+    assert find_stack("sub/x.mrcs", job / "p.star") == tmp_path / "sub" / "x.mrcs"
+    write_mrc(job / "z.mrcs", images, 1.5)
+    write_mrc(tmp_path / "z.mrcs", images, 1.5)
+    assert find_stack("z.mrcs", job / "p.star") == job / "z.mrcs"  # the nearest
+    with pytest.raises(CryobenchError, match="two folders above"):
+        find_stack("sub/x.mrcs", job / "one" / "p.star")
     with pytest.raises(CryobenchError, match=r"no\.mrcs.*neither"):
         read_particle_images(_table(stacks=["x.mrcs", "no.mrcs"]), star)
     with pytest.raises(BadFileError, match=r"image 5 of y\.mrcs, which has 2"):

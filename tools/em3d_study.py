@@ -171,7 +171,8 @@ def main() -> None:
         if study.known(args.file, keyed):
             continue
         found = of_start(run) if asked["part"] == "start" else of_fit(run)
-        study.add(args.file, keyed, {**found, "machine": records.machine(run.device)})
+        made = {"code": digest(run.inputs()["code"]), "machine": records.machine(run.device)}
+        study.add(args.file, keyed, found | made)
         shown = f"correlation {found['correlation']:.4f}" if asked["part"] == "start" else (
             f"gain {found['gain']['mean']:.2f} dB, volume known {found['known_volume']['mean']:.2f}, "
             f"limit {found['limit']['mean']:.2f}"

@@ -7,9 +7,9 @@ are told what em3d is told, that particles are centred and without CTF. So that 
 shortened (120 iterations for 300, up to 300 images for 500, 30 A for 15 A), and no grid is sampled twice
 (--oversampling 0). Each map, on the scale of the truth, then denoises 256 other images with em3d's caution. RELION
 leaves the noise beside the particle to a mask that its user makes; em3d's filter needs none. So the half maps of
-RELION's refinement are also given that filter, which leaves the difference that the poses make. Time is taken by the
-clock and as processor time, which other programs on the machine disturb less (of RELION's refinement a third of it is
-the waiting of the process that leads the other two).
+RELION's refinement are also given that filter, which leaves mostly the difference that the poses make. Time is taken
+by the clock and as processor time, which other programs on the machine disturb less (of RELION's refinement a third of
+it is the waiting of the process that leads the other two).
 """
 
 from __future__ import annotations
@@ -163,7 +163,8 @@ def main() -> None:
         found |= relion(run, folder, args.symmetry, args.seed)
     for name, (volume, spent) in found.items():
         result = scored(run, method, volume)
-        study.add(args.file, {**row, "program": name}, {**result, **spent, "machine": records.machine(run.device)})
+        made = {"code": digest(run.inputs()["code"]), "machine": records.machine(run.device)}
+        study.add(args.file, {**row, "program": name}, result | spent | made)
         print(f"{name}: {spent}, gain {result['gain']['mean']:.2f} dB, FSC", *result["fsc"][::4], flush=True)
 
 

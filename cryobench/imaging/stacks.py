@@ -31,7 +31,7 @@ def read_images(
     if pixel_size is None and star is not None:
         header = read_header(path)
         if header.default_voxel or min(header.voxel[:2]) <= 0:
-            pixel_size = float(read_particles(star).pixel_size[0])
+            pixel_size = float(_rows_of(path, star).pixel_size[0])
     array, pixel = read_mrc(path, pixel_size)
     return torch.from_numpy(array), pixel
 
@@ -49,9 +49,7 @@ def read_ctf(
     n, height, width = images.shape
     if height != width:
         raise CryobenchError(f"{stack} has images of {width} x {height} pixels: for a CTF they must be square")
-    table = read_particles(star, given)
-    if len(set(table.stacks)) > 1:
-        table = table.select(np.array([Path(name).name == Path(stack).name for name in table.stacks]))
+    table = _rows_of(stack, star, given)
     order = np.argsort(table.indices)
     if not np.array_equal(table.indices[order], np.arange(n)):
         raise CryobenchError(
@@ -67,6 +65,16 @@ def read_ctf(
     if len(groups) > 1:
         raise CryobenchError(f"{star} has {len(groups)} sets of optics for {stack}: split it into one stack for each")
     return groups[0][1]
+
+
+def _rows_of(stack: str | Path, star: str | Path, pixel_size: float | None = None) -> ParticleTable:
+    """The rows of a STAR file that belong to a stack."""
+    table = read_particles(star, pixel_size)
+    if len(set(table.stacks)) > 1:
+        table = table.select(np.array([Path(name).name == Path(stack).name for name in table.stacks]))
+    if not len(table):
+        raise CryobenchError(f"{star} names several stacks, and none is {Path(stack).name}")
+    return table
 
 
 def contrast_transfers(table: ParticleTable, star: str | Path) -> list[tuple[Tensor, ContrastTransfer]]:

@@ -1,7 +1,7 @@
 """Refinement of a volume by expectation-maximisation over the modes of each image's pose, in two independent halves.
 
 Each half of the images is compared with a volume of its own, but for the low frequencies where both are all but equal.
-What both agree on is signal, and the filter of :mod:`cryobench.methods.em_filter` leaves nothing else, in the halves as
+What both agree on is signal, and the filter of :mod:`cryobench.methods.em_filter` leaves little else, in the halves as
 references and in the whole as the result. A half is split in folds: an image is compared with what the *other* folds of
 its half show. Its own noise would be in its reference otherwise, at the pose it had before, and would hold it there.
 """

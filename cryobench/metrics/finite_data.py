@@ -7,12 +7,14 @@ sigma^2, ring k of a slice has the squared error
     N_k = 4 pi k^2 sigma^2 / (n order),
 
 which is spread evenly over the box. The structure is not: of its power in the ring, s_k, the place x has S_k(x) = s_k
-w(x), w being its local power, 1 on average. Where that is less than the noise its mean is the better estimate; a Wiener
-filter leaves the mean over x of N_k S_k(x) / (N_k + S_k(x)), never more than either. (Of a structure that fills the
-part f of its box evenly: f N_k s_k / (f N_k + s_k).) To it comes the error of the posterior over poses
-(:mod:`cryobench.methods.bayes`), at least 3 sigma^2 an image. With unknown poses the volume is known less well, so that
-the sum is a bound for methods that know no more of the structure than where it is and how strong at each frequency, and
-not one that can be reached.
+w(x), w being its local power, 1 on average. Where that is less than the noise its mean is the better estimate. Could
+place and frequency be told apart, a Wiener filter would leave the mean over x of N_k S_k(x) / (N_k + S_k(x)), never
+more than either: of a structure that fills the part f of its box evenly, f N_k s_k / (f N_k + s_k). To it comes the
+error of the posterior over poses (:mod:`cryobench.methods.bayes`), at least 3 sigma^2 an image.
+
+No method that knows no more of the structure than its local power and its spectrum reaches the sum. A band of
+frequencies is not as narrow in space as w: a filter with the true powers leaves up to twice as much, most in the lowest
+rings. And with unknown poses the volume is known less well.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def volume_error(power: Tensor, sigma: float, n: int, order: int = 1, envelope: 
 
 def local_power(volume: Tensor, width: float = 1.0) -> Tensor:
     """Mean square (d, d, d) of a density about each voxel, 1 on average over the box; ``width``: standard deviation, in
-    voxels, of the Gaussian about it."""
+    voxels, of the Gaussian about it. The narrower, the more is known of the structure, and the less error is left: of
+    the built-in channel, 64 px, with 2 voxels a third more than with 1."""
     d = len(volume)
     k = torch.fft.fftfreq(d, device=volume.device)
     squared = k[:, None, None] ** 2 + k[:, None] ** 2 + torch.fft.rfftfreq(d, device=volume.device) ** 2

@@ -119,13 +119,13 @@ def write_particles(path: str | Path, table: ParticleTable) -> None:
 
 
 def find_stack(name: str, star: str | Path) -> Path:
-    """The file of a stack named in a STAR file: as written (from the current folder), else from the folder of the STAR
-    or the nearest above it (RELION names stacks from the project's folder, and puts STAR files below it)."""
-    for folder in (Path(), *Path(star).absolute().parents):
+    """The file of a stack named in a STAR file: as written (from the current folder), else from the STAR's folder or the
+    nearest of two above it: RELION names stacks from the project's folder, with STAR files in Job/job001 there."""
+    for folder in (Path(), *Path(star).resolve().parents[:3]):
         if (folder / name).is_file():
             return folder / name
     raise CryobenchError(
-        f"{star} names the images {name}, which are neither in the current folder nor in the STAR's or one above it; "
+        f"{star} names the images {name}, which are neither in the current folder nor beside it nor two folders above; "
         "fetch them, or run from the folder that the names start from"
     )
 
