@@ -119,8 +119,8 @@ def write_particles(path: str | Path, table: ParticleTable) -> None:
 
 
 def find_stack(name: str, star: str | Path) -> Path:
-    """The file of a stack named in a STAR file: as written (from the current folder), else from the STAR's folder or the
-    nearest of two above it: RELION names stacks from the project's folder, with STAR files in Job/job001 there."""
+    """The file of a stack named in a STAR file: as written (from the current folder), else from the STAR's folder or
+    the nearest of two above it: RELION names stacks from the project's folder, with STAR files in Job/job001 there."""
     for folder in (Path(), *Path(star).resolve().parents[:3]):
         if (folder / name).is_file():
             return folder / name
