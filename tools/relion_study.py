@@ -155,17 +155,20 @@ def main() -> None:
     method = Method(run.config, run.device, run.cell.seed)
     start = clock()
     method.fit(run.train, Budget(progress=True))
-    found = {"em3d": (method.state["volume"], since(start))}
-    with tempfile.TemporaryDirectory() as passing:
-        folder = args.work or Path(passing)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_stack(run, folder)
-        found |= relion(run, folder, args.symmetry, args.seed)
-    for name, (volume, spent) in found.items():
+
+    def keep(name: str, volume: Tensor, spent: dict[str, float]) -> None:
         result = scored(run, method, volume)
         made = {"code": digest(run.inputs()["code"]), "machine": records.machine(run.device)}
         study.add(args.file, {**row, "program": name}, result | spent | made)
         print(f"{name}: {spent}, gain {result['gain']['mean']:.2f} dB, FSC", *result["fsc"][::4], flush=True)
+
+    keep("em3d", method.state["volume"], since(start))
+    with tempfile.TemporaryDirectory() as passing:
+        folder = args.work or Path(passing)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_stack(run, folder)
+        for name, (volume, spent) in relion(run, folder, args.symmetry, args.seed).items():
+            keep(name, volume, spent)
 
 
 if __name__ == "__main__":
