@@ -70,7 +70,8 @@ def test_rows_of_the_em3d_study_stay_below_the_limit():
 def test_rows_beside_relion_are_of_one_stack():
     rows = json.loads((ROOT / "results" / "shipped" / "relion.json").read_text())["rows"]
     assert [row["program"] for row in rows] == ["em3d", "RELION, initial", "RELION, refined"]
-    assert len({row["key"] for row in rows}) == 1
+    stack = ("specimen", "n", "size", "snr", "symmetry", "seed")
+    assert len({tuple(row[name] for name in stack) for row in rows}) == 1
     ours, first, refined = rows
     for row in rows:
         assert len(row["fsc"]) == row["size"] // 2 + 1
