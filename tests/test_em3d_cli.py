@@ -161,9 +161,10 @@ def test_the_summary_says_how_good_the_map_is(done: Done) -> None:
     assert not any("no common structure" in line for line in done.said)
 
 
-def facts(curve: list[float], reach: int) -> dict[str, Any]:
+def facts(curve: list[float], reach: int, start: float = 0.99) -> dict[str, Any]:
     classes = {"view": 0.5, "junk": 0.3, "empty": 0.2}
-    return {"fsc": curve, "reach": reach, "classes": classes, "pixel_size": 2.0, "size": 8}
+    common = {"classes": classes, "pixel_size": 2.0, "size": 8}
+    return {"fsc": curve, "reach": reach, "start_correlation": start, **common}
 
 
 def test_halves_that_do_not_agree_are_a_warning() -> None:
@@ -171,12 +172,12 @@ def test_halves_that_do_not_agree_are_a_warning() -> None:
     assert len(agree) == 1
     assert "agree to 4.00 A" in agree[0]
     assert "50 % views, 30 % junk, 20 % empty" in agree[0]
-    for curve, reach in (
-        ([1.0, 0.0, 0.1, 0.0, 0.0], 0),
-        ([1.0, 0.9, 0.8, 0.1, 0.0], 2),
-        ([1.0, 0.6, 0.5, 0.6, 0.4], 4),
+    for curve, reach, start in (
+        ([1.0, 0.0, 0.1, 0.0, 0.0], 0, 0.9),
+        ([1.0, 0.9, 0.8, 0.1, 0.0], 2, 0.9),
+        ([1.0, 0.9, 0.9, 0.6, 0.4], 4, 0.5),
     ):
-        said = summary(facts(curve, reach))
+        said = summary(facts(curve, reach, start))
         assert "there may be no common structure" in said[-1]
         assert len(said) == 2
 
