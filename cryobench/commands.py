@@ -115,7 +115,6 @@ def simulate(args: Namespace) -> None:
 def denoise(args: Namespace) -> None:
     """Denoise a stack or a micrograph; trains first where the method needs it."""
     from cryobench.bench.experiment import pick_device
-    from cryobench.bench.tables import PROFILES
     from cryobench.imaging.rotations import symmetry_matrices
     from cryobench.imaging.stacks import clean_name, read_ctf, read_images
     from cryobench.methods.apply import best_poses, prepare_method
@@ -123,8 +122,7 @@ def denoise(args: Namespace) -> None:
     from cryobench.reconstruction import em3d_files
     from cryobench.specimens.mrc import write_mrc
 
-    if args.profile not in PROFILES:
-        raise CryobenchError(f"no profile {args.profile!r}; there are: {', '.join(PROFILES)}")
+    profile = _profile(args)
     if args.sigma is not None and not 0 <= args.sigma < math.inf:
         raise CryobenchError("--sigma must be zero or positive, in the units of the images")
     options = {name: value for name in ("shift", "contrast") if (value := getattr(args, name)) is not None}
@@ -155,7 +153,7 @@ def denoise(args: Namespace) -> None:
         images,
         sigma,
         pixel_size,
-        profile=args.profile,
+        profile=profile,
         train_on=args.train_on,
         weights=args.weights,
         reference=reference,
@@ -341,9 +339,12 @@ def _profile(args: Namespace) -> str:
 
 def _structure(name: str, pixel_size: float | None, map_pixel_size: float | None = None) -> Structure:
     """The structure of that name; pixel_size (A) stands in where a map states none and none is given for it."""
-    from cryobench.specimens.catalog import resolve
+    from cryobench.reconstruction.command import refuse_images
+    from cryobench.specimens.catalog import MAP_SUFFIXES, resolve
 
     structure = resolve(name, pixel_size=map_pixel_size)
+    if structure.source.removesuffix(".gz").endswith(MAP_SUFFIXES):
+        refuse_images(structure.source)
     if pixel_size is not None and map_pixel_size is None and structure.lacks_pixel_size():
         structure = resolve(name, pixel_size=pixel_size)
     return structure

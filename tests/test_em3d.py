@@ -51,8 +51,9 @@ def test_local_wiener_keeps_what_the_halves_share(size: int) -> None:
     assert error(whole) < 0.01 * error((first + second) / 2)
     for half, raw in zip(halves, (first, second), strict=True):
         assert 1.1 * error(whole) < error(half) < 0.006 * error(raw)
-    only_noise, *_ = local_wiener(*noise)
-    assert float(only_noise.square().sum()) < 0.003 * float(noise.mean(0).square().sum())
+    # of noise nothing is left, neither in the whole nor in the halves, which would find each other in it
+    for blank, bound in zip(local_wiener(*noise), (2e-4, 1e-4, 1e-4), strict=True):
+        assert float(blank.square().mean()) < bound * float(noise.square().mean())
     # a part as large as a half counts as one, a smaller one less
     same, less = (local_wiener(first, second, [first], share)[3] for share in (1.0, 0.25))
     assert torch.equal(same, halves[0])
@@ -279,9 +280,9 @@ def test_of_noise_nothing_is_left() -> None:
     noise = torch.randn(200, 24, 24, generator=generator(11))
     method = fitted(TrainingData("noisy", noise, None, 1.0, 4.0), **SMALL)
     out = method.denoise(noise, 1.0)
-    assert float((out - out.mean()).square().mean()) < 0.01  # measured: 0.001 to 0.002
-    # each half fits its own noise; turned onto one another they agree on a few rings (measured: 2 to 5), not on more
-    assert method.info["reach"] <= 6
+    assert float((out - out.mean()).square().mean()) < 0.003  # measured with four seeds: 0.000 to 0.0008
+    # each half fits its own noise; turned onto one another they agree on a few rings (measured: 2 to 4), not on more
+    assert method.info["reach"] <= 5
 
 
 def test_refuses_what_it_cannot_do() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from cryobench.errors import CryobenchError
 from cryobench.imaging.ctf import Optics, ctf_2d, random_defocus
 from cryobench.imaging.rotations import matrix_to_euler, random_rotations, symmetry_matrices
-from cryobench.reconstruction.command import fsc_of_maps, reconstruct_star
+from cryobench.reconstruction.command import fsc_of_maps, reconstruct_star, refuse_images
 from cryobench.reconstruction.fourier import Backprojector, reconstruct, reconstruct_halves
 from cryobench.reconstruction.fsc import fsc, fsc_report
 from cryobench.specimens.mrc import write_mrc
@@ -315,3 +315,11 @@ def test_commands_refuse_what_cannot_be_right(particles_on_disk: Path, tmp_path:
             call()
         assert "\n" not in str(error.value)
     assert not (tmp_path / "map.mrc").exists()
+    with pytest.raises(CryobenchError, match=r"is a stack of \d+ images of 24 x 24 pixels, not a map"):
+        fsc_of_maps(particles_on_disk / "truth.mrc", one)
+    write_mrc(tmp_path / "micrograph.mrc", np.zeros((1, 40, 48), np.float32), 2.0)
+    with pytest.raises(CryobenchError, match="is one image of 48 x 40 pixels, not a map"):
+        refuse_images(tmp_path / "micrograph.mrc")
+    old = np.zeros((24, 24, 24), np.float32)  # maps of old programs are marked as stacks
+    write_mrc(tmp_path / "old.mrc", old, 2.0)
+    refuse_images(tmp_path / "old.mrc")

@@ -1,14 +1,18 @@
-"""What two independent half maps agree on, place by place and frequency by frequency.
+"""What two independent half maps show, place by place and frequency by frequency.
 
 The Fourier shell correlation says how much of a shell is signal, averaged over the box. But most of the box is solvent,
-where nothing is. Here each band of frequencies is looked at in a Gaussian window around each voxel: the covariance of
-the halves there is the power of the signal S, the power of their difference that of the noise N (uniform in a band),
-and S / (S + N) what is left of the band at that place: a Wiener filter in space and frequency. Where the halves agree
-on nothing, nothing is left.
+where nothing is. Here each band of frequencies is looked at in a Gaussian window around each voxel. The mean square of
+the halves' difference is the power of the noise N (uniform in a band); the covariance of the halves in the window is
+that of the signal S, and S / (S + N) what is left of the band at that place: a Wiener filter in space and frequency.
+
+So much for the whole, where nothing is left of what the halves do not agree on. As references the halves must stay
+independent: if each kept what both show, it would be pure noise that both show by chance, the images would be turned to
+it, and it would be there twice as strong. So the S of a half is what its own power has more than noise.
 
 A band is narrow in frequency, so its windows must be wide in space: much noise is left beside the particle. So the sum
 of all bands is filtered in the same way once more, in the narrow windows that a whole spectrum allows. That serves as
-the mask which other programs ask for. What has less than some 5 % of the particle's density is weakened by it.
+the mask which other programs ask for. Small parts with less than some 20 % of the particle's density are weakened by
+it; as references, where what is uncertain does harm, the halves are without them.
 """
 
 from __future__ import annotations
@@ -24,26 +28,35 @@ from cryobench.reconstruction.fourier import shells
 #: distance of the bands' centres, shells
 BAND = 5
 #: independent numbers that a window should hold at least
-SAMPLES = 40
+SAMPLES = 30
 #: narrowest window, voxels
 NARROW = 2.0
 #: window for all bands together, voxels: standard deviation of a Gaussian
 TIGHT = 1.0
+#: times the noise that a half must show in that window, the noise itself among them
+DOUBT = 8.0
 #: power, in that of the particle, that gridding leaves of it elsewhere, the same in both halves
 GHOSTS = 2e-4
 
 
 def local_wiener(first: Tensor, second: Tensor, parts: Sequence[Tensor] = (), share: float = 1.0) -> list[Tensor]:
-    """Half maps (d, d, d), unfiltered, as [whole, first, second, ...] filtered: what both together are worth with the
-    powers that they show, and what each is worth alone; then the same of ``parts``, maps from this share of a half's
-    images."""
+    """Half maps (d, d, d), unfiltered, as [whole, first, second, ...] filtered; then the same of ``parts``, maps from
+    this share of a half's images: as many of the first half as of the second."""
     d = len(first)
     radius = shells(d, first.device)
     k = torch.fft.fftfreq(d, device=first.device)
     squared = k[:, None, None] ** 2 + k[:, None] ** 2 + torch.fft.rfftfreq(d, device=first.device) ** 2
+
+    def windowed(z: Tensor, width: float) -> Tensor:
+        """Mean in a Gaussian window around each voxel."""
+        blur = torch.exp(-2 * (math.pi * width) ** 2 * squared)
+        return torch.fft.irfftn(torch.fft.rfftn(z) * blur, s=(d, d, d)).clamp(min=0)
+
     a, b = torch.fft.rfftn(first), torch.fft.rfftn(second)
     others = [torch.fft.rfftn(part) for part in parts]
     out = [torch.zeros_like(first) for _ in range(3 + len(others))]
+    # of each of them, whether it belongs to the whole (0), the first half or the second
+    kin = [0, 1, 2, *(1 + 2 * i // len(others) for i in range(len(others)))]
     top = d // 2
     for centre in range(0, top + BAND, BAND):
         hat = (1 - (radius - centre).abs() / BAND).clamp(min=0) * (radius <= top)
@@ -53,20 +66,20 @@ def local_wiener(first: Tensor, second: Tensor, parts: Sequence[Tensor] = (), sh
         # the wider the window the more it holds: enough to tell signal from noise
         volume = SAMPLES * d**3 / members
         width = min(max(volume ** (1 / 3) / (2 * math.sqrt(math.pi)), NARROW), d / 4)
-        blur = torch.exp(-2 * (math.pi * width) ** 2 * squared)
         x, y = (torch.fft.irfftn(f * hat, s=(d, d, d)) for f in (a, b))
-        signal = torch.fft.irfftn(torch.fft.rfftn(x * y) * blur, s=(d, d, d)).clamp(min=0)
         noise = float((x - y).square().mean()) / 2  # of a half
+        signals = [windowed(z, width) for z in (x * y, x * x - noise, y * y - noise)]
         bands = [(x + y) / 2, x, y, *(torch.fft.irfftn(f * hat, s=(d, d, d)) for f in others)]
         powers = [noise / 2, noise, noise, *[noise / share] * len(others)]
-        for target, band, power in zip(out, bands, powers, strict=True):
-            target += band * signal / (signal + power + 1e-30)
-    blur = torch.exp(-2 * (math.pi * TIGHT) ** 2 * squared)
+        for target, band, power, half in zip(out, bands, powers, kin, strict=True):
+            target += band * signals[half] / (signals[half] + power + 1e-30)
     x, y = out[1:3]
-    signal, spread = (
-        torch.fft.irfftn(torch.fft.rfftn(z) * blur, s=(d, d, d)).clamp(min=0) for z in (x * y, (x - y) ** 2)
-    )
+    noise = float((x - y).square().mean()) / 2
     # so few samples know their noise badly: the box's mean is added to it
-    ghosts = GHOSTS * signal.square().sum() / signal.sum().clamp(min=1e-30)
-    mask = signal / (signal + (spread + spread.mean()) / 2 + ghosts + 1e-30)
-    return [volume * mask for volume in out]
+    spread = windowed((x - y).square() / 2, TIGHT) + noise
+    masks = []
+    for z, doubt, part in ((x * y, 0.0, 0.5), (x * x, DOUBT, 1.0), (y * y, DOUBT, 1.0)):
+        signal = (windowed(z, TIGHT) - doubt * noise).clamp(min=0)
+        ghosts = GHOSTS * signal.square().sum() / signal.sum().clamp(min=1e-30)
+        masks.append(signal / (signal + part * spread + ghosts + 1e-30))
+    return [volume * masks[half] for volume, half in zip(out, kin, strict=True)]

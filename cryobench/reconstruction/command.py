@@ -75,7 +75,10 @@ def reconstruct_star(
 def fsc_of_maps(
     a: str | Path, b: str | Path, mask: str | Path | None = None, pixel_size: float | None = None
 ) -> dict[str, Any]:
-    """:func:`fsc_report` of two map files. Raises CryobenchError for unequal boxes or pixel sizes."""
+    """:func:`fsc_report` of two map files. Raises CryobenchError for stacks, unequal boxes or pixel sizes."""
+    for path in (a, b, mask):
+        if path is not None:
+            refuse_images(path)
     first, pixel = read_map(a, pixel_size)
     others = [(path, *read_map(path, pixel_size)) for path in (b, mask) if path is not None]
     for path, volume, other_pixel in others:
@@ -85,6 +88,17 @@ def fsc_of_maps(
                 "maps to compare must share their grid"
             )
     return fsc_report(first, others[0][1], pixel, others[1][1] if mask is not None else None)
+
+
+def refuse_images(path: str | Path) -> None:
+    """Raises CryobenchError where an MRC file holds images, no map: as its header says or, since many stacks call
+    themselves maps and many old maps stacks, as its shape does."""
+    header = read_header(path)
+    images, height, width = header.shape
+    flat, cube = 4 * images < min(height, width), images == height == width
+    if flat or (header.ispg == 0 and not cube):
+        held = "one image" if images == 1 else f"a stack of {images} images"
+        raise CryobenchError(f"{path} is {held} of {width} x {height} pixels, not a map")
 
 
 def _with_fourier(table: ParticleTable, star: Path, symmetry: str) -> tuple[Tensor, Tensor, Tensor]:
