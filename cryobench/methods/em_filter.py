@@ -1,18 +1,19 @@
 """What two independent half maps show, place by place and frequency by frequency.
 
 The Fourier shell correlation says how much of a shell is signal, averaged over the box. But most of the box is solvent,
-where nothing is. Here each band of frequencies is looked at in a Gaussian window around each voxel. The mean square of
-the halves' difference is the power of the noise N (uniform in a band); the covariance of the halves in the window is
-that of the signal S, and S / (S + N) what is left of the band at that place: a Wiener filter in space and frequency.
+where nothing is. Here each band of frequencies is looked at in a Gaussian window around each voxel. Half the mean
+square of the halves' difference is the power N of the noise in one of them (taken as uniform in a band; on axes of
+symmetry there is more); the covariance of the halves in the window is the power S of the signal. S / (S + N / 2) is
+what is left of the band at that place in the whole: a Wiener filter in space and frequency.
 
-So much for the whole, where nothing is left of what the halves do not agree on. As references the halves must stay
-independent: if each kept what both show, it would be pure noise that both show by chance, the images would be turned to
-it, and it would be there twice as strong. So the S of a half is what its own power has more than noise.
+As references the halves must stay independent. Were they filtered by their covariance, each would keep of pure noise
+what both show by chance; the images would be turned to it, and the next halves would show more of it. So the signal of
+a half is what its own power exceeds the noise by; only the level of the noise is taken from the difference.
 
 A band is narrow in frequency, so its windows must be wide in space: much noise is left beside the particle. So the sum
 of all bands is filtered in the same way once more, in the narrow windows that a whole spectrum allows. That serves as
-the mask which other programs ask for. Small parts with less than some 20 % of the particle's density are weakened by
-it; as references, where what is uncertain does harm, the halves are without them.
+the mask which other programs ask for. Small parts that are not well above the noise are weakened by it; as references,
+where what is uncertain does harm, the halves are without them.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ SAMPLES = 30
 NARROW = 2.0
 #: window for all bands together, voxels: standard deviation of a Gaussian
 TIGHT = 1.0
-#: times the noise that a half must show in that window, the noise itself among them
-DOUBT = 8.0
+#: a half's power in that window counts as signal beyond so many times the noise that is left where the halves show
+#: something (not in the box, most of which is empty by then)
+DOUBT = 3.0
 #: power, in that of the particle, that gridding leaves of it elsewhere, the same in both halves
 GHOSTS = 2e-4
 
@@ -74,12 +76,14 @@ def local_wiener(first: Tensor, second: Tensor, parts: Sequence[Tensor] = (), sh
         for target, band, power, half in zip(out, bands, powers, kin, strict=True):
             target += band * signals[half] / (signals[half] + power + 1e-30)
     x, y = out[1:3]
-    noise = float((x - y).square().mean()) / 2
+    noise = (x - y).square() / 2
+    shown = windowed(x * x + y * y, TIGHT)
+    doubt = DOUBT * (noise * shown).sum() / shown.sum().clamp(min=1e-30)
     # so few samples know their noise badly: the box's mean is added to it
-    spread = windowed((x - y).square() / 2, TIGHT) + noise
+    spread = windowed(noise, TIGHT) + noise.mean()
     masks = []
-    for z, doubt, part in ((x * y, 0.0, 0.5), (x * x, DOUBT, 1.0), (y * y, DOUBT, 1.0)):
-        signal = (windowed(z, TIGHT) - doubt * noise).clamp(min=0)
+    for z, least, part in ((x * y, 0.0, 0.5), (x * x, doubt, 1.0), (y * y, doubt, 1.0)):
+        signal = (windowed(z, TIGHT) - least).clamp(min=0)
         ghosts = GHOSTS * signal.square().sum() / signal.sum().clamp(min=1e-30)
         masks.append(signal / (signal + part * spread + ghosts + 1e-30))
     return [volume * masks[half] for volume, half in zip(out, kin, strict=True)]

@@ -2,7 +2,7 @@
 
 Each half of the images is compared with a volume of its own, but for the low frequencies where both are all but equal.
 What both agree on is signal, and the filter of :mod:`cryobench.methods.em_filter` leaves little else in the whole. As
-references the halves are filtered too, each by what it shows itself: of pure noise they have nothing in common. A half
+references the halves are filtered too, each by what it shows itself: of pure noise they share next to nothing. A half
 is split in folds: an image is compared with what the *other* folds of its half show. Its own noise would be in its
 reference otherwise, at the pose it had before, and would hold it there.
 """
