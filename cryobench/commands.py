@@ -343,7 +343,7 @@ def _structure(name: str, pixel_size: float | None, map_pixel_size: float | None
     from cryobench.specimens.catalog import MAP_SUFFIXES, resolve
 
     structure = resolve(name, pixel_size=map_pixel_size)
-    if structure.source.removesuffix(".gz").endswith(MAP_SUFFIXES):
+    if structure.source.lower().removesuffix(".gz").endswith(MAP_SUFFIXES):
         refuse_images(structure.source)
     if pixel_size is not None and map_pixel_size is None and structure.lacks_pixel_size():
         structure = resolve(name, pixel_size=pixel_size)

@@ -320,6 +320,9 @@ def test_commands_refuse_what_cannot_be_right(particles_on_disk: Path, tmp_path:
     write_mrc(tmp_path / "micrograph.mrc", np.zeros((1, 40, 48), np.float32), 2.0)
     with pytest.raises(CryobenchError, match="is one image of 48 x 40 pixels, not a map"):
         refuse_images(tmp_path / "micrograph.mrc")
-    old = np.zeros((24, 24, 24), np.float32)  # maps of old programs are marked as stacks
-    write_mrc(tmp_path / "old.mrc", old, 2.0)
-    refuse_images(tmp_path / "old.mrc")
+    write_mrc(tmp_path / "long.mrc", np.zeros((100, 24, 24), np.float32), 2.0, stack=False)  # calls itself a map
+    with pytest.raises(CryobenchError, match="is a stack of 100 images"):
+        refuse_images(tmp_path / "long.mrc")
+    for shape in ((24, 24, 24), (20, 24, 28)):  # maps of old programs are marked as stacks
+        write_mrc(tmp_path / "old.mrc", np.zeros(shape, np.float32), 2.0)
+        refuse_images(tmp_path / "old.mrc")

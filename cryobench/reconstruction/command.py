@@ -91,12 +91,13 @@ def fsc_of_maps(
 
 
 def refuse_images(path: str | Path) -> None:
-    """Raises CryobenchError where an MRC file holds images, no map: as its header says or, since many stacks call
-    themselves maps and many old maps stacks, as its shape does."""
+    """Raises CryobenchError where an MRC file holds images, no map, by its name, header or shape: many stacks call
+    themselves maps, and old maps stacks."""
     header = read_header(path)
     images, height, width = header.shape
-    flat, cube = 4 * images < min(height, width), images == height == width
-    if flat or (header.ispg == 0 and not cube):
+    stack = header.ispg == 0 and height == width != images
+    odd = 4 * images < min(height, width) or images > 4 * max(height, width)
+    if stack or odd or ".mrcs" in Path(path).suffixes:
         held = "one image" if images == 1 else f"a stack of {images} images"
         raise CryobenchError(f"{path} is {held} of {width} x {height} pixels, not a map")
 

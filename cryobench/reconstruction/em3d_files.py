@@ -20,7 +20,7 @@ from cryobench.specimens.particle_star import ParticleTable, write_particles
 
 #: halves that agree in fewer rings than this share no structure. Nor do those whose first volumes, made before they
 #: shared anything, correlate less than this: of pure noise they reach 0.5; of particles at SNR 0.01 still 0.93. (What
-#: the halves agree on later is no proof: references at low frequencies and the mask are common to both.)
+#: the halves agree on later is no proof: at low frequencies their references are one.)
 FEW_RINGS, CHANCE = 4, 0.6
 
 
