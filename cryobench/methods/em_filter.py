@@ -76,11 +76,11 @@ def local_wiener(first: Tensor, second: Tensor, parts: Sequence[Tensor] = (), sh
         for target, band, power, half in zip(out, bands, powers, kin, strict=True):
             target += band * signals[half] / (signals[half] + power + 1e-30)
     x, y = out[1:3]
-    noise = (x - y).square() / 2
+    noise = (x - y).square() / 2  # type: ignore[assignment]  # of a half, place by place
     shown = windowed(x * x + y * y, TIGHT)
     doubt = DOUBT * (noise * shown).sum() / shown.sum().clamp(min=1e-30)
     # so few samples know their noise badly: the box's mean is added to it
-    spread = windowed(noise, TIGHT) + noise.mean()
+    spread = windowed(noise, TIGHT) + noise.mean()  # type: ignore[arg-type, attr-defined]
     masks = []
     for z, least, part in ((x * y, 0.0, 0.5), (x * x, doubt, 1.0), (y * y, doubt, 1.0)):
         signal = (windowed(z, TIGHT) - least).clamp(min=0)
