@@ -99,7 +99,9 @@ def refuse_images(path: str | Path) -> None:
     odd = 4 * images < min(height, width) or images > 4 * max(height, width)
     if stack or odd or ".mrcs" in Path(path).suffixes:
         held = "one image" if images == 1 else f"a stack of {images} images"
-        raise CryobenchError(f"{path} is {held} of {width} x {height} pixels, not a map")
+        raise CryobenchError(
+            f"{path} is {held} of {width} x {height} pixels, not a map (in whose header ISPG is 1, should it be one)"
+        )
 
 
 def _with_fourier(table: ParticleTable, star: Path, symmetry: str) -> tuple[Tensor, Tensor, Tensor]:
