@@ -12,8 +12,8 @@ place and frequency be told apart, a Wiener filter would leave the mean over x o
 more than either: of a structure that fills the part f of its box evenly, f N_k s_k / (f N_k + s_k). To it comes the
 error of the posterior over poses (:mod:`cryobench.methods.bayes`), at least 3 sigma^2 an image.
 
-A yardstick, no strict bound. A band of frequencies is not as narrow in space as w: a filter with these powers leaves 1.3
-to 2.7 times as much (the built-in structures in white noise), most in the lowest rings; and with unknown poses the
+A yardstick, no strict bound. A band of frequencies is not as narrow in space as w: a filter with these powers leaves
+1.3 to 2.7 times as much (the built-in structures in white noise), most in the lowest rings; and with unknown poses the
 volume is known less well. But a real structure's spectrum differs from place to place, S_k(x) is no product, and who
 sees that can do better: em3d does by 0.1 dB on ``channel`` with 2,000 images (its chapter).
 """
