@@ -1,4 +1,4 @@
-"""The bound of a finite data set against reconstructions that know the poses, the place and the spectrum."""
+"""The limit of a finite data set against reconstructions with known poses, and posteriors over a handful of poses."""
 
 import math
 
@@ -7,7 +7,8 @@ import torch
 
 from cryobench.imaging.particles import Simulation, Simulator
 from cryobench.imaging.rings import ring_index, ring_sums
-from cryobench.metrics.finite_data import local_power, volume_error
+from cryobench.imaging.rotations import random_rotations
+from cryobench.metrics.finite_data import local_power, volume_error, with_poses_unknown
 from cryobench.reconstruction.fourier import reconstruct
 
 SIZE = 33
@@ -92,3 +93,39 @@ def test_a_reconstruction_with_known_poses_comes_near(count: int) -> None:
     views = Simulator(filtered, simulator.simulation).projector.project(seen.rotations[:64])
     error = float((views - clean[:64]).square().sum((1, 2)).mean())
     assert 0.7 < error / float(bound.sum()) < 1.5
+
+
+def grains(seed: int, steep: float) -> torch.Tensor:
+    """Random density in a sphere; its amplitude falls from ``steep`` cycles per box on."""
+    k = torch.fft.fftfreq(SIZE) * SIZE
+    squared = k[:, None, None] ** 2 + k[:, None] ** 2 + (torch.fft.rfftfreq(SIZE) * SIZE) ** 2
+    noise = torch.randn(SIZE, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+    return torch.fft.irfftn(torch.fft.rfftn(noise) / (1 + squared / steep**2), s=(SIZE,) * 3) * ball(SIZE, RADIUS)
+
+
+@pytest.mark.parametrize(("snr", "part"), [(0.02, 0.4), (0.05, 0.8)])
+def test_a_posterior_over_poses_keeps_a_part_of_the_volumes_error(snr: float, part: float) -> None:
+    """Images from 6,000 known poses, their posterior by Bayes' rule. The estimate lies between what its means keep of
+    the error of a volume and what that costs them in all: with a wrong volume the poses are known less well, too."""
+    generator = torch.Generator().manual_seed(0)
+    poses, n = random_rotations(6000, generator), 400
+    views = Simulator(grains(0, 3.0), Simulation(SIZE, 3.0)).projector.project(poses)
+    wrong = Simulator(0.3 * grains(1, 30.0), Simulation(SIZE, 3.0)).projector.project(poses)
+    wrong *= 0.3 * views.std() / wrong.std()
+    variance = float(views.var()) / snr
+    noisy = views[:n] + math.sqrt(variance) * torch.randn(views[:n].shape, generator=generator)
+
+    def posterior(model: torch.Tensor) -> torch.Tensor:
+        model = model.flatten(1)
+        return ((noisy.flatten(1) @ model.T - model.square().sum(1) / 2) / variance).softmax(1)
+
+    def rings(images: torch.Tensor) -> torch.Tensor:
+        return ring_sums((torch.fft.rfft2(images.view(n, SIZE, SIZE)).abs() ** 2).mean(0) / SIZE**2, (SIZE, SIZE))
+
+    right = posterior(views)
+    pose, power, error = rings(right @ views.flatten(1) - views[:n].flatten(1)), rings(views[:n]), rings(wrong[:n])
+    added = float((with_poses_unknown(error, pose, power) - pose).sum())
+    kept = float(rings(right @ wrong.flatten(1)).sum())
+    found = rings(posterior(views + wrong) @ (views + wrong).flatten(1) - views[:n].flatten(1)).sum()
+    assert kept < added < float(found - pose.sum())
+    assert added < part * float(error.sum())
