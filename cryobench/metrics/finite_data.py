@@ -15,9 +15,10 @@ place and frequency be told apart, a Wiener filter would leave the mean over x o
 never more than either: of a structure that fills the part f of its box evenly, f N_k s_k / (f N_k + s_k).
 
 The images to be denoised do not tell their pose, so what they become is a mean of slices over the posterior
-(:mod:`cryobench.methods.bayes`). With the true volume it has the error P_k, at least 3 sigma^2 over all rings, and keeps
-s_k - P_k of the structure's power: the error of a posterior mean is orthogonal to it. The volume's error goes through
-the same mean. Where it varies with direction as the structure does, as much of it is kept, and ring k has in all
+(:mod:`cryobench.methods.bayes`). With the true volume it has the error P_k, at least 3 sigma^2 over all rings, and
+keeps s_k - P_k of the structure's power: the error of a posterior mean is orthogonal to it. The volume's error goes
+through the same mean. Where it varies with direction as the structure does, as much of it is kept, and ring k has in
+all
 
     P_k + E_k (1 - P_k / s_k).
 
