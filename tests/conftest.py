@@ -1,6 +1,8 @@
 """Shared fixtures: one thread, and the reference data folder where there is one."""
 
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 # threads that wait asleep: many times faster where the machine is shared (read when torch is imported)
@@ -10,6 +12,7 @@ os.environ["CRYOBENCH_SHIPPED"] = str(Path(__file__).parent / "no-shipped-record
 
 import pytest
 import torch
+from archive_server import Server
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,3 +28,18 @@ def shared() -> Path:
     if not (root / "data").is_dir():
         pytest.skip("the reference data are not on this machine")
     return root
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    running = Server()
+    thread = threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield running
+    running.shutdown()
+    running.server_close()
+
+
+@pytest.fixture
+def waits() -> list[float]:
+    return []
