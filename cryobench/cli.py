@@ -149,11 +149,11 @@ def _add_cells(c: argparse.ArgumentParser) -> None:
     c.add_argument("--profile", default="quick")
     c.add_argument("--specimen", nargs="+", action="extend", metavar="S", help="name or structure file")
     c.add_argument("--method", nargs="+", action="extend", metavar="M")
-    c.add_argument("--seeds", type=_integers, default=[0], metavar="0,1,2")
+    c.add_argument("--seeds", type=integers, default=[0], metavar="0,1,2")
     c.add_argument("--results", default="results", metavar="DIR")
 
 
-def _integers(text: str) -> list[int]:
+def integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 

@@ -16,12 +16,19 @@ from cryobench.outputs import output_path, refuse_clashes
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cryobench.bench.experiment import Cell
     from cryobench.specimens.catalog import Structure
 
 
 def _say(text: str) -> None:
     """Progress and remarks go to stderr, so that stdout stays what was asked for."""
     print(text, file=sys.stderr, flush=True)
+
+
+def _not_negative(args: Namespace, *names: str) -> None:
+    for name in names:
+        if not 0 <= (getattr(args, name) or 0) < math.inf:
+            raise CryobenchError(f"--{name} must be zero or positive")
 
 
 def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
@@ -92,6 +99,7 @@ def simulate(args: Namespace) -> None:
 
     if args.n < 1:
         raise CryobenchError("ask for at least one image (-n)")
+    _not_negative(args, "shift", "contrast", "bfactor")
     output = output_path(args.output, (".mrcs", ".mrc"))
     refuse_clashes([output, clean_name(output)], [args.structure])
     device = pick_device(args.device)
@@ -123,12 +131,8 @@ def denoise(args: Namespace) -> None:
     from cryobench.specimens.mrc import write_mrc
 
     profile = _profile(args)
-    if args.sigma is not None and not 0 <= args.sigma < math.inf:
-        raise CryobenchError("--sigma must be zero or positive, in the units of the images")
+    _not_negative(args, "sigma", "shift", "contrast")
     options = {name: value for name in ("shift", "contrast") if (value := getattr(args, name)) is not None}
-    for name, value in options.items():
-        if not 0 <= value < math.inf:
-            raise CryobenchError(f"--{name} must be zero or positive")
     output = output_path(args.output, (".mrcs", ".mrc"))
     volume = output_path(args.map, (".mrc", ".map")) if args.map else None
     star = output_path(args.star, (".star",)) if args.star else None
@@ -163,7 +167,7 @@ def denoise(args: Namespace) -> None:
         seed=args.seed,
         say=_say,
     )
-    if args.method == "em3d" and not args.weights:
+    if args.method == "em3d":
         for line in em3d_files.summary(method.info):
             _say(line)
     elif args.symmetry and method.info.get("symmetry") != args.symmetry:
@@ -204,15 +208,14 @@ def evaluate(args: Namespace) -> None:
             if abs(other / pixel_size - 1) > 1e-3:
                 sizes = f"{path} has {other:g} A pixels, {args.clean} {pixel_size:g} A"
                 raise CryobenchError(f"{sizes}: say which with --pixel-size")
-    if clean.min() < -0.01 or clean.max() > 1.01:
-        _say("the clean images are not in [0, 1]: all stacks are brought there by one gain and offset")
+    if clean.min() < -0.01 or clean.max() > 1.01 or clean.max() - clean.min() < 0.5:
+        _say("the clean images do not fill [0, 1]: all stacks are brought there by one gain and offset")
         clean, *scaled = unit_range(clean, *stacks.values())
         stacks = dict(zip(stacks, scaled, strict=True))
-    noisy = stacks.get("noisy")
     result: dict[str, Any] = {"convention": args.convention, "n": len(clean), "pixel_size": pixel_size}
     where: dict[str, str] = {}
     for name, stack in stacks.items():
-        scores = {k: summarise(v) for k, v in score(args.convention, stack, clean, noisy).items()}
+        scores = {k: summarise(v) for k, v in score(args.convention, stack, clean, stacks.get("noisy")).items()}
         curve = frc(stack, clean)
         reached = resolution(curve, pixel_size, tuple(clean.shape[-2:]), 0.5)
         result[name] = {"metrics": scores, "frc_0.5_angstrom": reached}
@@ -233,20 +236,13 @@ def evaluate(args: Namespace) -> None:
 
 def run(args: Namespace) -> int:
     """Run the cells of a table that have no valid record."""
-    from cryobench.bench.plan import cells_of
     from cryobench.bench.runner import run_cells
-    from cryobench.bench.tables import load_table
 
     if args.jobs < 1:
         raise CryobenchError("--jobs must be at least 1")
     if args.scheduler:
         raise CryobenchError("--scheduler is not available in this version: use --jobs N on this machine")
-    cells = [
-        cell
-        for name in args.table
-        for cell in cells_of(load_table(name), _profile(args), args.specimen, args.method, args.seeds)
-    ]
-    failed = run_cells(cells, Path(args.results), args.device, args.jobs, _say)
+    failed = run_cells(_cells(args), Path(args.results), args.device, args.jobs, _say)
     for cell, error in failed:
         _say(f"failed: {cell.table} {cell.specimen} {cell.method} seed {cell.seed}: {error}")
     return 1 if failed else 0
@@ -254,19 +250,14 @@ def run(args: Namespace) -> int:
 
 def status(args: Namespace) -> None:
     """State of every cell, and why."""
-    from cryobench.bench.plan import cells_of, state_shown
+    from cryobench.bench.plan import state_shown
     from cryobench.bench.tables import load_table
     from cryobench.methods.registry import all_methods
 
-    specs = [load_table(name) for name in args.table]
-    states = [
-        state_shown(cell, Path(args.results))
-        for spec in specs
-        for cell in cells_of(spec, _profile(args), args.specimen, args.method, args.seeds)
-    ]
+    states = [state_shown(cell, Path(args.results)) for cell in _cells(args)]
     rows = [{**dataclasses.asdict(s.cell), "state": s.state, "why": s.why} for s in states]
     _print_rows(rows, args.json)
-    for spec in specs:
+    for spec in map(load_table, args.table):
         unbuilt = [m for m in spec.methods if m not in all_methods()]
         if unbuilt and not args.method:
             _say(f"in {spec.name} but not built yet: {', '.join(unbuilt)}")
@@ -327,6 +318,15 @@ def doctor(args: Namespace) -> int:
     rows = examine()
     _print_rows(rows, args.json)
     return 1 if any(r["state"] == "missing" for r in rows) else 0
+
+
+def _cells(args: Namespace) -> list[Cell]:
+    """The cells of the tables that are named, of what is asked for."""
+    from cryobench.bench.plan import cells_of
+    from cryobench.bench.tables import load_table
+
+    specs = map(load_table, args.table)
+    return [c for s in specs for c in cells_of(s, _profile(args), args.specimen, args.method, args.seeds)]
 
 
 def _profile(args: Namespace) -> str:

@@ -117,6 +117,13 @@ def test_bad_input_gives_one_line_exit_1_and_no_output(stack, tmp_path, capsys):
     assert "_clean" in failing(capsys, "denoise", stack, "-m", "dncnn", "-o", out, "--train-on", alone)
     assert "channel" in failing(capsys, "simulate", "chanel", "-o", out)
     assert "SNR" in failing(capsys, "simulate", "channel", "-o", out, "--snr", "0", "--size", "33")
+    assert "--shift" in failing(capsys, "simulate", "channel", "-o", out, "--shift", "-2")
+    assert "--bfactor" in failing(capsys, "simulate", "channel", "-o", out, "--bfactor", "nan")
+    write_mrc(tmp_path / "map.mrc", np.eye(9, dtype=np.float32)[None].repeat(9, 0), 2.0, stack=False)
+    assert "is a map" in failing(capsys, "denoise", tmp_path / "map.mrc", "-m", "mean", "-o", out)
+    assert "learns nothing" in failing(capsys, "denoise", stack, "-m", "mean", "-o", out, "--train-on", stack)
+    for command in ("run", "status"):
+        assert "chanel" in failing(capsys, command, "zhang2024", "--specimen", "chanel", "--results", out)
     assert "8" in failing(capsys, "simulate", "channel", "-o", out, "--size", "4")
     assert "(2, 5, 7)" in failing(capsys, "evaluate", stack, "--clean", write_small(tmp_path))
     assert "zhang2024" in failing(capsys, "run", "nature2030")
@@ -150,6 +157,20 @@ def test_no_input_is_replaced(stack, tmp_path, capsys):
     assert "replace" in failing(capsys, "reconstruct", star, "-o", here)
     assert here.read_bytes() == before.pop(mine)
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_the_units_of_the_images_do_not_count(stack, tmp_path, capsys):
+    scores = []
+    for gain in (1.0, 0.01):
+        paths = [tmp_path / name for name in ("noisy.mrcs", "clean.mrcs")]
+        for path, source in zip(paths, (stack, stack.with_name("p_clean.mrcs")), strict=True):
+            images, pixel = read_mrc(source)
+            write_mrc(path, (gain * images).astype(np.float32), pixel)
+        assert main(["evaluate", str(paths[0]), "--clean", str(paths[1]), "--json"]) == 0
+        scores.append(json.loads(capsys.readouterr().out)["denoised"]["metrics"])
+    # rescaled by its own range and not that of the whole simulation
+    images = read_mrc(stack.with_name("p_clean.mrcs"))[0]
+    assert scores[1]["mse"]["mean"] == pytest.approx(scores[0]["mse"]["mean"] / np.ptp(images) ** 2, rel=1e-3)
 
 
 def test_an_agreement_without_end_is_said_to_be_one(stack, capsys):

@@ -16,7 +16,8 @@ from cryobench.imaging.rotations import matrix_to_euler, random_rotations, symme
 from cryobench.reconstruction.command import fsc_of_maps, reconstruct_star, refuse_images
 from cryobench.reconstruction.fourier import Backprojector, reconstruct, reconstruct_halves
 from cryobench.reconstruction.fsc import fsc, fsc_report
-from cryobench.specimens.mrc import write_mrc
+from cryobench.specimens.maps import read_map
+from cryobench.specimens.mrc import read_mrc, write_mrc
 from cryobench.specimens.particle_star import ParticleTable, find_stack, read_particles, write_particles
 
 SIGMA = 1.0
@@ -285,6 +286,17 @@ def test_from_a_star_file_to_maps(particles_on_disk: Path, engine: str) -> None:
     halves = fsc_of_maps(paths[1], paths[2])
     assert 4 <= halves["resolution"]["0.143"] < 6
     assert halves["resolution"]["0.143"] <= halves["resolution"]["0.5"]
+
+
+def test_a_background_is_not_taken_for_the_particle(particles_on_disk: Path, tmp_path: Path) -> None:
+    star = particles_on_disk / "x.star"
+    images, pixel = read_mrc(particles_on_disk / "x.mrcs")
+    write_mrc(tmp_path / "x.mrcs", images + 2 * images.max(), pixel)
+    (tmp_path / "x.star").write_text(star.read_text())
+    for folder in (particles_on_disk, tmp_path):
+        reconstruct_star(folder / "x.star", folder / "m.mrc")
+    found, expected = (read_map(folder / "m.mrc")[0] for folder in (tmp_path, particles_on_disk))
+    assert float(abs(found - expected).max()) < 1e-3 * float(expected.max())
 
 
 def test_what_a_star_leaves_out_or_contradicts_is_said(particles_on_disk: Path, tmp_path: Path) -> None:

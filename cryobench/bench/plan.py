@@ -15,7 +15,7 @@ from cryobench.bench.tables import TableSpec
 from cryobench.errors import BadFileError, CryobenchError
 from cryobench.methods.registry import all_methods, get_method
 from cryobench.paths import project_root, shipped_dir
-from cryobench.specimens.catalog import available, specimen_name
+from cryobench.specimens.catalog import available, resolve, specimen_name
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ def cells_of(
         get_method(method)
     if specimens is None:
         specimens = [s for s in spec.specimens if available(s)]
+    for specimen in specimens:
+        if not available(specimen):
+            resolve(specimen)  # says what is wrong with it
     # a structure file is named in full: the notebook runs in another folder
     specimens = [str(Path(s).resolve()) if Path(s).is_file() else s for s in specimens]
     chosen = methods or [m for m in spec.methods if m in built]

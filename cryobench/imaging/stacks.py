@@ -25,11 +25,15 @@ def read_images(
     """Images (n, h, w) float32 of a stack or a micrograph, and the pixel size in angstrom.
 
     star: of the images; its pixel size counts where none is given and the stack has none of its own (or 1.0, which
-    programs write that know none). Raises BadFileError for a broken file, CryobenchError where the pixel size is
-    neither in it nor given.
+    programs write that know none). Raises BadFileError for a broken file, CryobenchError for a map and where the pixel
+    size is neither in it nor given.
     """
+    header = read_header(path)
+    if header.ispg == 1 and len(set(header.shape)) == 1 and ".mrcs" not in Path(path).suffixes:
+        raise CryobenchError(
+            f"{path} is a map (its ISPG is 1) of {header.shape[0]}^3 voxels: `simulate` makes images of it"
+        )
     if pixel_size is None and star is not None:
-        header = read_header(path)
         if header.default_voxel or min(header.voxel[:2]) <= 0:
             pixel_size = float(_rows_of(path, star).pixel_size[0])
     array, pixel = read_mrc(path, pixel_size)

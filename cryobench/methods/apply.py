@@ -25,11 +25,14 @@ from cryobench.methods.noise_level import corner_mask, estimate_sigma
 from cryobench.methods.registry import get_method
 from cryobench.paths import cache_dir, project_root
 from cryobench.specimens.catalog import Structure, resolve
+from cryobench.specimens.mrc import read_header
 
 #: what a trained method learns from where the user gives nothing: size in px, number of images
 BUILT_IN_TRAINING = {"smoke": (32, 64), "quick": (64, 1000), "full": (128, 10_000)}
 #: how many times wider than the structure's usual box an image may be
 WIDEST = 5.0
+#: pixel sizes that differ by less are taken for the same
+PIXEL_TOLERANCE = 1e-2
 
 
 def prepare_method(
@@ -71,6 +74,8 @@ def prepare_method(
         raise CryobenchError("--weights hold the structure already: give them or --reference")
     if train_on and supervision == "reference":
         raise CryobenchError(f"{name} does not learn from stacks: give the structure with --reference")
+    if train_on and method_class.fit is Denoiser.fit:
+        raise CryobenchError(f"{name} learns nothing: leave --train-on out")
     if train_on and supervision == "noisy-pairs":
         raise CryobenchError(f"{name} learns from pairs of exposures, which --train-on cannot give: use --weights")
     if train_on and ctf is not None and method_class.uses_ctf:
@@ -86,12 +91,18 @@ def prepare_method(
     if ctf is None and (weights == "shipped" or supervision not in ("none", "sigma", "noisy")) and _looks_dark(images):
         say(f"these particles look dark, and {name} expects bright ones: multiply the images by -1 first")
     if weights:
-        return method_class.load(_shipped(name, say) if weights == "shipped" else weights, device), None
+        method = method_class.load(_shipped(name, say) if weights == "shipped" else weights, device)
+        learnt = method.info.get("pixel_size", pixel_size)
+        if "volume" in method.state and abs(learnt / pixel_size - 1) > PIXEL_TOLERANCE:
+            raise CryobenchError(
+                f"--weights hold a structure at {learnt:g} A pixels, these images have {pixel_size:g} A"
+            )
+        return method, None
     method = method_class(method_class.config_for(profile, **(options or {})), device, seed)
     if method_class.fit is Denoiser.fit:
         return method, None
     if train_on:
-        train = _from_stacks(supervision, train_on, pixel_size)
+        train = _from_stacks(supervision, train_on, pixel_size, say)
     elif supervision in ("none", "sigma", "noisy"):
         train = TrainingData(supervision, images, None, sigma, pixel_size, ctf=ctf)
     elif supervision == "reference" and not method_class.trained:
@@ -202,7 +213,14 @@ def _from_structure(
     return TrainingData("reference", images, None, sigma, pixel_size, ctf=ctf, reference=known)
 
 
-def _from_stacks(supervision: str, stacks: Sequence[str], pixel_size: float) -> TrainingData:
+def _from_stacks(
+    supervision: str, stacks: Sequence[str], pixel_size: float, say: Callable[[str], None]
+) -> TrainingData:
+    for path in stacks:
+        header = read_header(path)
+        stated = 0.0 if header.default_voxel else header.voxel[0]
+        if stated > 0 and abs(stated / pixel_size - 1) > PIXEL_TOLERANCE:
+            say(f"{path} says {stated:g} A pixels, and is taken for the {pixel_size:g} A of the images to denoise")
     noisy = [read_images(path, pixel_size)[0] for path in stacks]
     clean = None
     if supervision == "clean-pairs":
