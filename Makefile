@@ -20,12 +20,12 @@ READY := $(VENV)/.ready
 book: $(READY)
 ifeq ($(ALL),)
 	@$(BIN)/cryobench run zhang2024 --specimen channel --profile $(PROFILE) --jobs $(JOBS)
-	@$(BIN)/cryobench run tang2022 --specimen channel --method gan gan-perceptual --profile $(PROFILE) --jobs $(JOBS)
+	@$(BIN)/cryobench run tang2022 --specimen channel --method gan gan-perceptual bilateral gaussian lowpass mean --profile $(PROFILE) --jobs $(JOBS)
 else
 	@$(BIN)/cryobench run $(BOOK_TABLES) --profile $(PROFILE) --jobs $(JOBS)
 endif
-	@$(BIN)/cryobench book --profile $(PROFILE)
 	@$(BIN)/cryobench table $(BOOK_TABLES) --profile $(PROFILE)
+	@$(BIN)/cryobench book --profile $(PROFILE)
 
 # two files at a time, one thread each: networks this small gain nothing from a second one
 test: $(READY)

@@ -19,6 +19,7 @@ def invention_text(run: Run) -> str:
     invention = run.invention()
     v = {k: float("nan") if x is None else x for k, x in invention.numbers().items()}
     n = len(invention.noise.noise)
+    pairs = v["snbr_scale_free_pairs"]  # of few images; below 0 it says nothing
     return "\n".join(
         (
             f"pure noise in ({n} images): what comes out has {v['noise_energy']:.3g} of its energy; without the fixed "
@@ -28,7 +29,7 @@ def invention_text(run: Run) -> str:
             f"  average of all, aligned to one projection: {v['einstein']:.2f} like it; scrambled "
             f"{v['einstein_null']:.2f}; the noise itself {v['einstein_raw']:.2f}",
             f"what tells particles apart: SNR {v['snr']:.3g} in, SNBR' {v['snbr_scale_free']:.3g} out (pairs alone "
-            f"{v['snbr_scale_free_pairs']:.3g}; best filter {v['snbr_scale_free_filter']:.3g})",
+            f"{pairs if pairs > 0 else float('nan'):.3g}; best filter {v['snbr_scale_free_filter']:.3g})",
             f"  SNBR {v['snbr']:.3g} (any fixed image 1, best multiple of the input {1 + v['snr']:.3g})",
         )
     )

@@ -1,6 +1,6 @@
 """Where images come from: the modes of their posterior over orientations and shifts, given a volume.
 
-An image's transform is a y-th slice of the volume's, times CTF and gain, plus noise. In units of the noise, with
+An image's transform is a central slice of the volume's, times CTF and gain, plus noise. In units of the noise, with
 data y and model C S(R) exp(-2 pi i k.t / d), the log likelihood is -|y - a C S|^2 / 2. A grid over SO(3), one matrix
 product at low frequencies, gives each image its best cells. From there Levenberg and Marquardt's method climbs to the
 modes, whose curvature is their width: posteriors this narrow are Gaussian.
