@@ -6,10 +6,9 @@ RELION (3.1, from the PATH) makes an initial model by stochastic gradient descen
 are told what em3d is told, that particles are centred and without CTF. So that it ends on a CPU, the descent is
 shortened (120 iterations for 300, up to 300 images for 500, 30 A for 15 A), and no grid is sampled twice
 (--oversampling 0). Each map, on the scale of the truth, then denoises 256 other images with em3d's caution. RELION
-leaves the noise beside the particle to a mask that its user makes; em3d's filter needs none. So the half maps of
-RELION's refinement are also given that filter, which leaves mostly the difference that the poses make. Time is taken
-by the clock and as processor time, which other programs on the machine disturb less (of RELION's refinement a third of
-it is the waiting of the process that leads the other two).
+leaves the noise beside the particle to a mask that its user makes; em3d's filter needs none. Time is taken by the clock
+and as processor time, which other programs on the machine disturb less (of RELION's refinement a third of it is the
+waiting of the process that leads the other two).
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ from cryobench.errors import CryobenchError
 from cryobench.methods.base import Budget
 from cryobench.methods.em3d import Method
 from cryobench.methods.em_align import align
-from cryobench.methods.em_filter import local_wiener
 from cryobench.paths import project_root
 from cryobench.reconstruction.fsc import fsc
 from cryobench.specimens.maps import read_map
@@ -75,8 +73,8 @@ def since(start: tuple[float, float]) -> dict[str, float]:
 
 
 def relion(run: Experiment, folder: Path, symmetry: str, seed: int) -> dict[str, tuple[Tensor, dict[str, float]]]:
-    """The map (d, d, d) after each of RELION's two steps, and with em3d's filter in the place of RELION's, and the time
-    until then; a step that is done is not done again."""
+    """The map (d, d, d) after each of RELION's two steps, and the time until then; a step that is done is not done
+    again."""
     box = run.train.noisy.shape[-1] * run.train.pixel_size
     common = ["--i", "p.star", "--zero_mask", "--flatten_solvent"]
     common += ["--oversampling", "0", "--offset_range", "0", "--offset_step", "1", "--offset", "0.1"]
@@ -98,11 +96,7 @@ def relion(run: Experiment, folder: Path, symmetry: str, seed: int) -> dict[str,
     second += ["--auto_local_healpix_order", "4", "--pad", "2"]
     times.append(_call(second, folder, "ref_class001.mrc"))
     total = {name: round(sum(t[name] for t in times), 1) for name in times[0]}
-    first_half, second_half = (_map(folder / f"ref_half{h}_class001_unfil.mrc", run) for h in (1, 2))
-    return found | {
-        "RELION, refined": (_map(folder / "ref_class001.mrc", run), total),
-        "RELION, filtered": (local_wiener(first_half, second_half)[0], total),
-    }
+    return found | {"RELION, refined": (_map(folder / "ref_class001.mrc", run), total)}
 
 
 def _call(command: list[str], folder: Path, result: str) -> dict[str, float]:
