@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 from cryobench.bench.book import build_book
-from cryobench.bench.plan import cells_of, notebook_of, state_of
+from cryobench.bench.experiment import Cell
+from cryobench.bench.plan import cells_of, notebook_of, path_of, state_of
 from cryobench.bench.runner import run_cells
 from cryobench.bench.tables import load_table
 from cryobench.errors import CryobenchError
@@ -34,6 +35,8 @@ def results(tmp_path_factory):
 @pytest.fixture(scope="module")
 def book(results, tmp_path_factory):
     pytest.importorskip("jupyter_book")
+    run = path_of(Cell("tang2022", "channel", "gaussian", "smoke"), results).with_suffix(".ipynb")
+    run.write_text(run.read_text().replace("unbiased risk estimate", "prose of another day"))
     return build_book("smoke", results, tmp_path_factory.mktemp("book"), lambda line: None)
 
 
@@ -60,6 +63,7 @@ def test_no_page_asks_for_anything_from_the_network(book):
 def test_text_is_of_today_and_outputs_are_of_the_run(results, book):
     page = (book.parent / "methods" / "gaussian.html").read_text()
     assert "unbiased risk estimate" in page
+    assert "prose of another day" not in page
     assert "SNR 0.2" in page
     assert str(results) not in page
     assert notebook_of("gaussian").exists()

@@ -90,7 +90,7 @@ def test_file_changed_between_attempts(server: Server, tmp_path: Path, waits: li
     new = honest(PLAIN[::-1], etag='"two"', if_range=if_range)
     server.replies["a"] = [honest(PLAIN, stop=HALF), new]
     assert get(tmp_path, entry(server, **BARE), waits).read_bytes() == PLAIN[::-1]
-    assert server.guards == [None, '"one"'] if if_range else [None, '"one"', None]
+    assert server.guards == ([None, '"one"'] if if_range else [None, '"one"', None])
     assert read_lock(tmp_path)[BARE["path"]]["etag"] == '"two"'
 
 
@@ -192,6 +192,8 @@ def test_mirror_continues_what_the_checksum_can_prove(server: Server, tmp_path: 
     server.replies.update(a=[honest(stop=HALF), status(404)], b=[honest(etag='"elsewhere"')])
     assert get(tmp_path, entry(server, "b"), waits).read_bytes() == BODY
     assert server.asked[-1] == ("b", f"bytes={HALF}-")
+    known = read_lock(tmp_path)[NAME]
+    assert (known["url"], known.get("etag")) == (server.url("b"), None)  # not that of the first
 
 
 def test_mirror_without_a_checksum_starts_from_zero(server: Server, tmp_path: Path, waits: list[float]) -> None:

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from cryobench.errors import CryobenchError
+from cryobench.metrics import bootstrap
 from cryobench.metrics.bootstrap import FEW, paired, ratio_db, summarise, told_apart
 
 REPEATS = 1000
@@ -148,8 +149,15 @@ def test_values_that_cannot_be_resampled_are_no_trouble() -> None:
         paired([np.ones(3), np.ones(4)], [np.ones(4), np.ones(3)])
 
 
-def test_many_images_do_not_need_much_memory() -> None:
+def test_many_images_do_not_need_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws are made in pieces: the same interval as all at once, by the normal approximation."""
+    shares = bootstrap._shares
+
+    def small(n: int, draws: int, *rest: int) -> np.ndarray:
+        assert n * draws <= 2**22
+        return shares(n, draws, *rest)
+
+    monkeypatch.setattr(bootstrap, "_shares", small)
     values = np.random.default_rng(3).normal(size=5000)
     low, high = summarise(values)["ci95"]
     half = 1.96 * values.std() / math.sqrt(5000)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cryobench.bench import doctor
 from cryobench.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -122,12 +123,19 @@ def test_names_that_cannot_be_are_refused(name, capsys):
 
 
 def test_doctor_finds_what_the_package_needs(capsys):
-    assert main(["doctor", "--json"]) in (0, 1)
+    code = main(["doctor", "--json"])
     rows = {r["what"]: r for r in json.loads(capsys.readouterr().out)}
+    assert code == any(r["state"] == "missing" for r in rows.values())
     for name in ("torch", "numpy", "gemmi", "mrcfile"):
         assert rows[name]["state"] == "ok"
     assert rows["device"]["remark"]
     assert rows["cache"]["remark"]
+
+
+def test_doctor_fails_where_something_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "FREE_GB", 10**9)
+    assert main(["doctor"]) == 1
+    assert "1000000000 are needed" in capsys.readouterr().out
 
 
 def test_chapters_that_name_methods_depend_on_them():

@@ -53,7 +53,7 @@ def build_book(profile: str, results: Path, output: Path | None, say: Callable[[
         raise CryobenchError(f"no executed run of profile {profile} in {results}: run `cryobench run` first")
     index = output / "html" / "index.html"
     stamp = output / "stamp"
-    inputs = _inputs(profile, runs)
+    inputs = _inputs(profile, results, runs)
     if index.exists() and stamp.exists() and stamp.read_text() == inputs:
         say("the book is up to date")
         return index
@@ -97,10 +97,15 @@ def _shipped(path: Path) -> bool:
     return path.is_relative_to(shipped_dir())
 
 
-def _inputs(profile: str, runs: dict[str, list[Path]]) -> str:
+def _records(results: Path) -> list[Path]:
+    """All that chapters and table pages may read, of every profile."""
+    return sorted(results.glob("*/*/*.json")) + sorted(shipped_dir().rglob("*.json"))
+
+
+def _inputs(profile: str, results: Path, runs: dict[str, list[Path]]) -> str:
     """Digest of all that the site shows."""
     root = project_root()
-    files = [p for paths in runs.values() for p in paths] + [p.with_suffix(".json") for ps in runs.values() for p in ps]
+    files = [p for paths in runs.values() for p in paths] + _records(results)
     files += [
         p
         for folder in ("book", "notebooks", "tables")
@@ -118,20 +123,19 @@ def _chapters() -> list[str]:
 
 def _execute_chapters(profile: str, results: Path, say: Callable[[str], None]) -> dict[str, Path]:
     """Executed chapters by name, two at a time; a chapter whose inputs are unchanged is not run again."""
-    files = sorted(results.glob(f"*/{profile}/*.json")) + [
-        p for t in table_names() for p in shipped_records(t, profile)
-    ]
-    read = [hashlib.sha256(p.read_bytes()).hexdigest() for p in files]
+    read = [hashlib.sha256(p.read_bytes()).hexdigest() for p in _records(results)]
 
     def chapter(name: str) -> Path:
         notebook = project_root() / "notebooks" / f"{name}.ipynb"
         target = results / "chapters" / profile / f"{name}.ipynb"
         given: dict[str, Any] = {"profile": profile, "results": str(results.resolve())}
         given = {k: v for k, v in given.items() if k in parameters_of(notebook)}
-        state = digest([notebook_hash(notebook), notebook_code(notebook), read if "results" in given else []])
+        reads = "results" in given or name == "training"  # of which the study is in the repository
+        state = digest([notebook_hash(notebook), notebook_code(notebook), read if reads else []])
         stamp = target.with_suffix(".stamp")
         if not (target.exists() and stamp.exists() and stamp.read_text() == state):
             say(f"chapter {name} ...")
+            stamp.unlink(missing_ok=True)  # a failed notebook takes the place of the last good one
             execute(notebook, target, given, threads=max(1, (os.cpu_count() or 1) // 2))
             stamp.write_text(state)
         return target

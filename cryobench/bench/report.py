@@ -30,7 +30,7 @@ NOTES = (
     "±: half the 95 % interval, over test images of one seed or over several seeds. dB above limit: mean squared "
     "error against that of the best possible denoiser (bayes), on the same images.",
     "rank: 1 + the methods whose fair PSNR is higher by a paired 95 % interval that leaves out 0 (each pair on its "
-    "own); reference rows have none.",
+    "own); reference rows have none, nor have methods on other images than most.",
     "SNBR': signal against noise and bias in the output, whatever its gain. noise energy: energy of what comes out of "
     "pure noise, per energy of the noise; a fixed image counts too (noise passed: without it). -: not stated, not "
     "built, not measured.",

@@ -72,7 +72,7 @@ def download(
     while True:
         try:
             resumed = _attempt(url, part, size, checkable, bar, session)
-            known = _read(part)
+            known = _known(part, url)
             return Got(url, known.get("etag"), known.get("last_modified"), resumed)
         except _Interrupted as error:
             failures = 1 if _length(part) > most else failures + 1
@@ -96,9 +96,7 @@ def _attempt(url: str, part: Path, size: int | None, checkable: bool, bar: Any, 
     """One request; True if it continued an earlier one."""
     import requests
 
-    known = _read(part)
-    if known.get("url") != url:
-        known = {}  # another server's validators mean nothing here
+    known = _known(part, url)
     validator = known.get("etag") or known.get("last_modified")
     have = _length(part) if validator or checkable else 0
     headers = {"User-Agent": f"cryobench/{__version__}", "Accept-Encoding": "identity"}
@@ -227,9 +225,10 @@ def _sidecar(part: Path) -> Path:
     return part.with_name(part.name + ".json")
 
 
-def _read(part: Path) -> dict[str, Any]:
+def _known(part: Path, url: str) -> dict[str, Any]:
+    """What is known of a part that was begun at ``url``: another server's validators mean nothing here."""
     try:
         known = json.loads(_sidecar(part).read_text())
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    return known if isinstance(known, dict) and known.get("url") == url else {}
