@@ -17,7 +17,6 @@ from torch import Tensor
 from cryobench.errors import CryobenchError
 from cryobench.imaging.rotations import euler_to_matrix
 from cryobench.imaging.stacks import contrast_transfers
-from cryobench.methods.noise_level import corner_mask
 from cryobench.outputs import refuse_clashes
 from cryobench.reconstruction.fourier import reconstruct_halves
 from cryobench.reconstruction.fsc import fsc_report
@@ -42,9 +41,9 @@ def reconstruct_star(
 ) -> list[Path]:
     """The map of the particles in a STAR file at OUTPUT, and half maps at OUTPUT_half1, OUTPUT_half2.
 
-    Poses are taken as they are; the CTF is corrected where the file has a defocus; the mean of the images' corners
-    counts as background ("fourier"). The halves are those of rlnRandomSubset, else every second particle. engine:
-    "fourier" (ours) or "relion" (relion_reconstruct).
+    Poses are taken as they are; the CTF is corrected where the file has a defocus. The halves are those of
+    rlnRandomSubset, else every second particle. engine: "fourier" (ours; the mean along the images' borders counts as
+    background) or "relion" (relion_reconstruct).
     ``say`` announces what is missing or contradicts itself. Raises CryobenchError where poses or optics are missing,
     pixel sizes differ, RELION cannot be run, or an output would replace a stack.
     """
@@ -115,8 +114,9 @@ def _with_fourier(table: ParticleTable, star: Path, symmetry: str) -> tuple[Tens
     shifts = None if table.shifts is None else -torch.from_numpy(table.shifts / table.pixel_size[:, None]).float()
     subsets = torch.from_numpy(np.asarray(table.subset))
     # a CTF lets little of the mean through: its correction would blow up the background, gridding spread it over shells
-    corners = corner_mask(*images.shape[1:])
-    images -= images[:, corners].mean() if corners.any() else 0.0
+    border = torch.ones(images.shape[1:], dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    images -= images[:, border].mean()
     return reconstruct_halves(images, rotations, shifts, _ctf(table, star, images.shape[1]), symmetry, subsets)
 
 
