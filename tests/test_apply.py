@@ -15,6 +15,8 @@ from cryobench.imaging.ctf import Optics, ctf_2d
 from cryobench.imaging.image_scale import image_scale
 from cryobench.imaging.particles import Simulation, Simulator
 from cryobench.imaging.stacks import contrast_transfers, read_ctf, read_images
+from cryobench.methods import em3d
+from cryobench.methods.apply import prepare_method
 from cryobench.methods.noise_level import estimate_sigma
 from cryobench.specimens.catalog import resolve
 from cryobench.specimens.mrc import read_mrc, write_mrc
@@ -218,3 +220,23 @@ def test_what_does_not_fit_is_said_in_one_line(stack: Path, tmp_path: Path, caps
     (tmp_path / "nan.mrcs").write_bytes(data)
     assert "NaN" in failing(capsys, tmp_path / "nan.mrcs", "-m", "bayes", "-o", out, "--reference", "channel")
     assert not out.exists()
+
+
+def test_options_reach_the_method(stack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(em3d.Method, "fit", lambda *_: None)
+    images, pixel = read_mrc(stack)
+    options = {"symmetry": "C3", "shift": 1.0, "contrast": 0.2}
+    method, _ = prepare_method("em3d", torch.from_numpy(images), 0.1, pixel, profile="smoke", options=options)
+    assert {k: getattr(method.config, k) for k in options} == options
+    assert method.config.spacing == 15.0  # the profile's
+
+
+def test_another_pixel_size_of_a_stack_to_learn_from_is_said(stack: Path, tmp_path: Path) -> None:
+    images, pixel = read_mrc(stack)
+    write_mrc(tmp_path / "coarse.mrcs", images, 3 * pixel)
+    said: list[str] = []
+    options = {"profile": "smoke", "say": said.append}
+    for path in (stack, tmp_path / "coarse.mrcs"):
+        prepare_method("blank", torch.from_numpy(images), 0.1, pixel, train_on=[str(path)], **options)
+    assert len(said) == 1
+    assert f"coarse.mrcs says {3 * pixel:g} A pixels" in said[0]

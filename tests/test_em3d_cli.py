@@ -19,7 +19,7 @@ from cryobench.errors import CryobenchError
 from cryobench.imaging.ctf import ContrastTransfer, Optics
 from cryobench.imaging.rotations import euler_to_matrix, random_rotations
 from cryobench.methods import em3d
-from cryobench.methods.apply import best_poses, prepare_method
+from cryobench.methods.apply import best_poses
 from cryobench.methods.em_fit import Fit
 from cryobench.methods.em_poses import Modes
 from cryobench.methods.training import _Fit
@@ -343,12 +343,3 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(
     assert main(["denoise", str(small), "-m", "em3d", *SMOKE, "-o", str(out)]) == 0
     assert "CRYOBENCH_CACHE" in capsys.readouterr().err
     assert out.exists()
-
-
-def test_options_reach_the_method(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(em3d.Method, "fit", lambda *_: None)
-    images, pixel = read_mrc(small)
-    options = {"symmetry": "C3", "shift": 1.0, "contrast": 0.2}
-    method, _ = prepare_method("em3d", torch.from_numpy(images), 0.1, pixel, profile="smoke", options=options)
-    assert {k: getattr(method.config, k) for k in options} == options
-    assert method.config.spacing == 15.0  # the profile's

@@ -16,7 +16,7 @@ from cryobench.paths import project_root
 
 PROFILES = {
     "smoke": "32 px, seconds: for tests",
-    "quick": "64 px, about a minute per method on a 2-core CPU (em3d ten, with its experiments)",
+    "quick": "64 px, about a minute per method on a 2-core CPU (em3d eight, with its experiments)",
     "full": "128 or 256 px, one GPU, minutes per method and specimen",
 }
 

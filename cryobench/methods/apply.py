@@ -95,7 +95,7 @@ def prepare_method(
         learnt = method.info.get("pixel_size", pixel_size)
         if "volume" in method.state and abs(learnt / pixel_size - 1) > PIXEL_TOLERANCE:
             raise CryobenchError(
-                f"--weights hold a structure at {learnt:g} A pixels, these images have {pixel_size:g} A"
+                f"--weights hold a structure of {learnt:g} A pixels, the images have {pixel_size:g} A (or --pixel-size)"
             )
         return method, None
     method = method_class(method_class.config_for(profile, **(options or {})), device, seed)
